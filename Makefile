@@ -1,0 +1,120 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment in .venv, the build, the
+# dependencies. They need Python >= 3.11, make and g++; CMake and Ninja come from PyPI where missing.
+#
+#   PYTHON=...           the Python to start from (default: python3 if new enough, else a later one)
+#   VENV=...             where the virtual environment goes
+#   EXTRAS=demo,test     the extras of pyproject.toml that `make test` and `make build` install
+#   NO_VENV=1            use PYTHON as it is, install nothing but jax_qgemm itself
+#   JAX_QGEMM_CUDA=...   auto, on, wheels, off (default: off without an NVIDIA GPU)
+#   JAX_QGEMM_CUDA_ARCHITECTURES=90a   (default: those of the GPUs in this machine)
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+usable = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+candidates := python3 python3.13 python3.12 python3.11 python3.14
+PYTHON ?= $(shell for p in $(candidates); do $$p -c "$(usable)" 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+
+gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+# Hopper's own instructions are in 90a, not in 90.
+gpu_architectures := $(patsubst 90,90a,$(filter-out %N/A%,$(gpus)))
+comma := ,
+empty :=
+ifneq ($(gpu_architectures),)
+  extra_gpu := ,cuda13
+  JAX_QGEMM_CUDA ?= $(if $(or $(CUDACXX),$(shell command -v nvcc)),on,wheels)
+  JAX_QGEMM_CUDA_ARCHITECTURES ?= $(subst $(empty) ,$(comma),$(gpu_architectures))
+else
+  JAX_QGEMM_CUDA ?= off
+endif
+EXTRAS ?= demo,test$(extra_gpu)
+export JAX_QGEMM_CUDA
+ifdef JAX_QGEMM_CUDA_ARCHITECTURES
+  export JAX_QGEMM_CUDA_ARCHITECTURES
+endif
+
+check_python = @test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv and ensurepip found" >&2; exit 1; }
+
+native := pyproject.toml CMakeLists.txt $(shell find cmake cuda -type f 2>/dev/null)
+
+ifdef NO_VENV
+  py := $(PYTHON)
+  bin := $(dir $(shell command -v $(PYTHON)))
+  state := build/no-venv
+  install = $(py) -m pip install --no-build-isolation --no-deps -C build-dir=$(state)/cmake -e .
+else
+  py := $(VENV)/bin/python
+  bin := $(VENV)/bin/
+  state := $(VENV)/state
+  # jaxlib stays that of the build requirements: its headers are the oldest supported ones.
+  install = $(py) -m pip install --no-build-isolation -c $(state)/build-requires.txt \
+            -C build-dir=$(state)/cmake-$(JAX_QGEMM_CUDA) -e ".[$*]"
+endif
+
+.PHONY: help
+help:
+	@echo "make demo          set up, then generate text with a 4-bit Gemma 3 (no GPU needed)"
+	@echo "make test          set up, then run every test that this machine can run"
+	@echo "make test-gpu      the tests that need a GPU"
+	@echo "make test-mutants  break the kernels on purpose; every break must be caught"
+	@echo "make build         set up and build only"
+	@echo "make lint          ruff, pyright and clang-format in check mode; make format rewrites"
+	@echo "make clean         remove the build and the virtual environment"
+
+.PHONY: demo test test-gpu test-mutants build
+demo: $(state)/installed-demo$(extra_gpu)
+	$(py) -m examples.gemma3 $(DEMO_ARGS)
+
+test: $(state)/installed-$(EXTRAS)
+	$(py) -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(state)/installed-$(EXTRAS)
+	$(py) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-mutants: $(state)/installed-$(EXTRAS)
+	$(py) scripts/mutants.py $(MUTANTS_ARGS)
+
+build: $(state)/installed-$(EXTRAS)
+	@$(py) -c "import jax_qgemm; print(jax_qgemm.build_info())"
+
+# An editable install: Python files are used where they lie, so only native sources make it stale.
+$(state)/installed-%: $(native) $(state)/configuration $(if $(NO_VENV),,$(state)/build-requires.txt)
+	$(check_python)
+	$(install)
+	@touch $@
+
+$(state)/build-requires.txt: pyproject.toml $(state)/configuration scripts/build_requires.py
+	$(check_python)
+	test -x $(py) || $(PYTHON) -m venv $(VENV)
+	$(py) scripts/build_requires.py static >$@
+	$(py) -m pip install -r $@
+	$(py) scripts/build_requires.py dynamic >>$@
+	$(py) -m pip install -r $@
+
+# Rewritten only when the settings change, which makes the install stale.
+configuration := $(JAX_QGEMM_CUDA) $(JAX_QGEMM_CUDA_ARCHITECTURES) $(JAX_QGEMM_ALLOW_NEWER_FFI)
+.PHONY: FORCE
+$(state)/configuration: FORCE
+	@mkdir -p $(@D)
+	@echo "$(configuration)" | cmp -s - $@ || echo "$(configuration)" >$@
+
+.PHONY: lint format stubs clean
+cxx_sources = $(shell find cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+lint: $(state)/installed-bench,demo,dev,test
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m pyright --pythonpath $(py)
+	$(bin)clang-format --dry-run -Werror $(cxx_sources)
+
+format: $(state)/installed-bench,demo,dev,test
+	$(py) -m ruff check --fix .
+	$(py) -m ruff format .
+	$(bin)clang-format -i $(cxx_sources)
+
+# The native module's stub is kept in the repository, for type checkers that see no build.
+stubs: $(state)/installed-$(EXTRAS)
+	$(py) -m nanobind.stubgen -q -m jax_qgemm._native -o jax_qgemm/_native.pyi
+
+clean:
+	rm -rf build .venv .venv-* .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,114 @@
+#include <algorithm>
+#include <iterator>
+
+#include "ffi/matmul_check.h"
+#include "formats/formats.cuh"
+
+namespace jax_qgemm {
+namespace ffi = xla::ffi;
+namespace {
+
+ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("jax_qgemm.matmul: " + what); }
+
+bool scalar_of(ffi::DataType type, Scalar* scalar) {
+  switch (type) {
+    case ffi::DataType::F16: *scalar = Scalar::kF16; return true;
+    case ffi::DataType::BF16: *scalar = Scalar::kBF16; return true;
+    case ffi::DataType::F32: *scalar = Scalar::kF32; return true;
+    default: return false;
+  }
+}
+
+int64_t bits_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::U8: return 8;
+    case ffi::DataType::U16: return 16;
+    case ffi::DataType::U32: return 32;
+    default: return 0;
+  }
+}
+
+struct ExpectedPlane {
+  int64_t bits, blocks, payload;
+};
+
+// What plane `i` of format F must look like; `count` planes were given.
+template <class F>
+ExpectedPlane expected_plane(int i, const MatmulAttributes& a, int64_t k_block, int64_t blocks) {
+  constexpr bool kInteger = F::kGroup == 0;
+  const bool zero_points = i == static_cast<int>(std::size(F::kPlanes));
+  const PlaneSpec spec = zero_points ? group_plane("zero_points", 8, 0) : F::kPlanes[i];
+  if (spec.code) return {32, blocks, k_block * kTileN * spec.bits / 32};
+  const int64_t group = kInteger ? a.group_size : spec.group;
+  const bool wide = kInteger && !zero_points && a.scale_type == static_cast<int64_t>(ScaleType::kF32);
+  return {wide ? 32 : spec.bits, group ? blocks : 1, kTileN * (group ? k_block / group : 1)};
+}
+
+template <class F>
+ffi::Error check_planes(const ffi::RemainingArgs& planes, const MatmulAttributes& a, int64_t batch, Product* p) {
+  constexpr int kFixed = static_cast<int>(std::size(F::kPlanes));
+  constexpr bool kInteger = F::kGroup == 0;
+  const int count = static_cast<int>(planes.size());
+  if (count != kFixed && !(kInteger && count == kFixed + 1)) {
+    return invalid("expected " + std::to_string(kFixed) + " planes, got " + std::to_string(count));
+  }
+  if (kInteger) {
+    const int64_t g = a.group_size;
+    if (g != 0 && (g < 16 || g > 256 || (g & (g - 1)) != 0)) return invalid("group_size " + std::to_string(g));
+    if (a.scale_type < 0 || a.scale_type > 2) return invalid("scale_type " + std::to_string(a.scale_type));
+  }
+  const int64_t k_block = kInteger ? std::max<int64_t>(kTileK, a.group_size) : F::kKBlock;
+  const int64_t blocks = (p->k + k_block - 1) / k_block;
+  p->w.k_blocks = blocks;
+  p->w.group = static_cast<int32_t>(a.group_size);
+  p->w.scale_type = static_cast<ScaleType>(a.scale_type);
+  for (int i = 0; i < kMaxPlanes; ++i) p->w.planes[i] = nullptr;
+  for (int i = 0; i < count; ++i) {
+    auto plane = planes.get<ffi::AnyBuffer>(i);
+    if (!plane.has_value()) return plane.error();
+    const ExpectedPlane expected = expected_plane<F>(i, a, k_block, blocks);
+    const auto dims = plane->dimensions();
+    const int64_t total = batch * p->tile_rows() * expected.blocks * expected.payload;
+    if (bits_of(plane->element_type()) != expected.bits || dims.size() < 3 || dims.back() != expected.payload ||
+        dims[dims.size() - 2] != expected.blocks || static_cast<int64_t>(plane->element_count()) != total) {
+      return invalid("plane " + std::to_string(i) + " of format " + F::kName + " has the wrong shape or type");
+    }
+    if (reinterpret_cast<uintptr_t>(plane->untyped_data()) % 16 != 0) {
+      return invalid("plane " + std::to_string(i) + " is not aligned to 16 bytes");
+    }
+    p->w.planes[i] = plane->untyped_data();
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
+                        const MatmulAttributes& a, Product* p) {
+  const auto x_dims = x.dimensions(), out_dims = out->dimensions();
+  if (!scalar_of(x.element_type(), &p->x_type)) return invalid("x must be f16, bf16 or f32");
+  if (!scalar_of(out->element_type(), &p->out_type)) return invalid("out must be f16, bf16 or f32");
+  const size_t rank = x_dims.size();
+  if (a.batch_ndim < 0 || rank < static_cast<size_t>(a.batch_ndim) + 1 || out_dims.size() != rank) {
+    return invalid("x and out must have the same rank, of at least batch_ndim + 1");
+  }
+  p->batch = p->m = 1;
+  for (size_t i = 0; i + 1 < rank; ++i) {
+    if (x_dims[i] != out_dims[i]) return invalid("the leading axes of x and out differ");
+    (i < static_cast<size_t>(a.batch_ndim) ? p->batch : p->m) *= x_dims[i];
+  }
+  p->k = a.transpose ? out_dims[rank - 1] : x_dims[rank - 1];
+  p->n = a.transpose ? x_dims[rank - 1] : out_dims[rank - 1];
+  p->format = a.format;
+  p->transpose = a.transpose;
+  p->highest = a.highest;
+  p->x = x.untyped_data();
+  p->out = out->untyped_data();
+  ffi::Error error = ffi::Error::Success();
+  const bool known = with_format(a.format, [&](auto format) {
+    error = check_planes<decltype(format)>(planes, a, p->batch, p);
+  });
+  return known ? error : invalid("unknown format " + std::string(a.format));
+}
+
+}  // namespace jax_qgemm

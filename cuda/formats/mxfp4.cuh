@@ -1,0 +1,28 @@
+#pragma once
+
+#include "formats/fp4.cuh"
+
+namespace jax_qgemm {
+
+// w = 2^(e - 128) * table[q], with an 8-bit exponent e for every 32 elements
+struct MXFP4 : FP4 {
+  struct Block {
+    uint8_t e, qs[16];
+  };
+  static_assert(sizeof(Block) == 17);
+  static constexpr const char* kName = "mxfp4";
+  static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 4), group_plane("scales", 8, 32)};
+  static constexpr int kBlock = 32, kGroup = 32;
+
+  // 2^(e - 128); e = 0 and 1 are subnormal. e = 255, the NaN of the format, decodes as ggml decodes it: 2^127.
+  QG_HD static float scale(uint8_t e) {
+    return float_from_bits(e < 2 ? 0x200000u << e : static_cast<uint32_t>(e - 1) << 23);
+  }
+
+  QG_HD static AffinePair affine(const Weight& w, int64_t tile_row, int g, int64_t step) {
+    const auto e = load_pair<uint8_t>(w.planes[1], group_index(w, tile_row, g, step, kGroup, kKBlock));
+    return {{{scale(e.v[0]), kZero, 0.0f}, {scale(e.v[1]), kZero, 0.0f}}};
+  }
+};
+
+}  // namespace jax_qgemm

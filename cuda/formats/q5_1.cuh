@@ -1,0 +1,19 @@
+#pragma once
+
+#include "formats/legacy.cuh"
+
+namespace jax_qgemm {
+
+// w = d * q + m
+struct Q5_1 : Legacy<4, 1, 0, true> {
+  struct Block {
+    uint16_t d, m;
+    uint8_t qh[4], qs[16];
+  };
+  static_assert(sizeof(Block) == 24);
+  static constexpr const char* kName = "q5_1";
+  static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 4), code_plane("high_bits", 1, 4),
+                                          group_plane("scales", 16, 32), group_plane("minimums", 16, 32)};
+};
+
+}  // namespace jax_qgemm

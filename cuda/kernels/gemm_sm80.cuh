@@ -1,0 +1,171 @@
+// out = x @ w by mma.sync, for every format and every m, n, k.
+//
+// The product is computed transposed: 16 rows of n are the M of an mma, 8 rows of x its N. A weight tile (16 x 64) is one
+// aligned load a lane and becomes the A operand in registers as exact integers, level - zero. Each group's partial sums
+// are multiplied by its scale in float32; a minimum multiplies the sum of x, which an mma with ones provides. A CTA's
+// warps split n and k; the split along k is reduced in shared memory, in a fixed order.
+//
+// float32 x is split into two bf16 terms (16 significant bits, better than TF32), or three (all 24) for `highest`; the
+// integers being exact in bf16, so is every product.
+#pragma once
+
+#include "formats/tile_codes.cuh"
+#include "kernels/product.h"
+#include "tile/lane_codes.cuh"
+#include "tile/mma.cuh"
+#include "tile/scalar.cuh"
+
+namespace jax_qgemm {
+
+// kTokenTiles tiles of 8 rows of x a CTA, kWarpsN row tiles, kWarpsK tiles of k a stage.
+struct GemvShape {
+  static constexpr int kTokenTiles = 1, kWarpsN = 1, kWarpsK = 8;
+};
+
+struct GemmShape {
+  static constexpr int kTokenTiles = 4, kWarpsN = 4, kWarpsK = 2;
+};
+
+template <class Shape>
+struct GemmSm80 {
+  static constexpr int kTokens = 8 * Shape::kTokenTiles;
+  static constexpr int kThreads = 32 * Shape::kWarpsN * Shape::kWarpsK;
+  static constexpr int kStageK = kTileK * Shape::kWarpsK;
+  static constexpr int kRowStride = kStageK + 8;  // 16 bytes of padding keep ldmatrix free of bank conflicts
+  static constexpr int kMaxTerms = 3;
+  static constexpr int kPartials = Shape::kTokenTiles * 128;  // float32 sums of a warp
+
+  union Shared {
+    uint16_t x[kMaxTerms][kTokens][kRowStride];
+    float partial[Shape::kWarpsK][Shape::kWarpsN][kPartials];
+  };
+};
+
+// Writes term `terms` of value into the stage's planes: f16 as it is, bf16 as one, two or three bf16 terms.
+template <class T, class Stage>
+__device__ __forceinline__ void stage_scalar(Stage& stage, int token, int column, float value, int terms) {
+  if constexpr (!T::kIsBF16) {
+    stage[0][token][column] = __half_as_ushort(__float2half_rn(value));
+  } else {
+    for (int term = 0; term < terms; ++term) {
+      // Toward zero, so that no finite value becomes infinite; an infinite or NaN value has no remainder.
+      const __nv_bfloat16 part = __float2bfloat16_rz(value);
+      stage[term][token][column] = __bfloat16_as_ushort(part);
+      value = isfinite(value) ? value - __bfloat162float(part) : 0.0f;
+    }
+  }
+}
+
+template <class F, class T, class Shape>
+__global__ void __launch_bounds__(GemmSm80<Shape>::kThreads) gemm_sm80(const Product p, int row_groups, int terms) {
+  using S = GemmSm80<Shape>;
+  constexpr int kTokenTiles = Shape::kTokenTiles;
+  __shared__ __align__(16) typename S::Shared shared;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+  const int warp_n = warp % Shape::kWarpsN, warp_k = warp / Shape::kWarpsN;
+  const int64_t token0 = blockIdx.x / row_groups * static_cast<int64_t>(S::kTokens);
+  const int tokens = static_cast<int>(p.m - token0 < S::kTokens ? p.m - token0 : S::kTokens);
+  const int64_t tile_rows = p.tile_rows();
+  const int64_t row_tile = blockIdx.x % row_groups * static_cast<int64_t>(Shape::kWarpsN) + warp_n;
+  const bool has_rows = row_tile < tile_rows;
+  const int64_t k_tiles = (p.k + kTileK - 1) / kTileK;                      // that x reaches
+  const int64_t stored_k_tiles = p.w.k_blocks * (k_block_of<F>(p.w) / kTileK);  // that the planes hold
+  const int group = group_of<F>(p.w);
+  const int group_steps = group == 0 || group >= kTileK ? 4 : group / 16;
+
+  for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
+    const int64_t weight_row = batch * tile_rows + (has_rows ? row_tile : 0);
+    const int64_t x_base = (batch * p.m + token0) * p.k;
+    float sums[kTokenTiles][4] = {};
+
+    LaneCodes<F> codes;
+    if (warp_k < k_tiles) codes.load(p.w, weight_row * stored_k_tiles + warp_k, lane);
+    for (int64_t stage_tile = 0; stage_tile < k_tiles; stage_tile += Shape::kWarpsK) {
+      // Rows of the stage beyond `tokens` stay unwritten: they reach only sums that are never stored.
+      for (int i = threadIdx.x; i < tokens * S::kStageK; i += S::kThreads) {
+        const int token = i / S::kStageK, column = i % S::kStageK;
+        const int64_t k = stage_tile * kTileK + column;
+        const float value = k < p.k ? load_scalar(p.x, x_base + token * p.k + k, p.x_type) : 0.0f;
+        stage_scalar<T>(shared.x, token, column, value, terms);
+      }
+      __syncthreads();
+
+      const int64_t tile = stage_tile + warp_k;
+      LaneCodes<F> next = codes;
+      if (tile + Shape::kWarpsK < k_tiles) {
+        next.load(p.w, weight_row * stored_k_tiles + tile + Shape::kWarpsK, lane);
+      }
+      if (tile < k_tiles) {
+        AffinePair affine;
+        float group_sums[kTokenTiles][4], x_sums[kTokenTiles][4];
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          if (step % group_steps == 0) {
+            affine = F::affine(p.w, weight_row, g, tile * 4 + step);
+#pragma unroll
+            for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) group_sums[i][j] = x_sums[i][j] = 0.0f;
+            }
+          }
+          uint32_t a[4];
+          Converter<T, wide_levels<F>()>(affine.row[0].zero)(codes.levels(2 * step), a[0], a[2]);
+          Converter<T, wide_levels<F>()>(affine.row[1].zero)(codes.levels(2 * step + 1), a[1], a[3]);
+          const uint32_t ones[4] = {T::kOne, T::kOne, T::kOne, T::kOne};
+          for (int term = 0; term < terms; ++term) {
+#pragma unroll
+            for (int i = 0; i < kTokenTiles; i += 2) {
+              // One ldmatrix gives the two halves of this k-step for two token tiles.
+              const int matrix = lane / 8, tile_of_matrix = kTokenTiles == 1 ? 0 : i + matrix / 2;
+              uint32_t b[4];
+              load_matrices(b, &shared.x[term][tile_of_matrix * 8 + lane % 8]
+                                        [warp_k * kTileK + step * 16 + matrix % 2 * 8]);
+              mma<T>(group_sums[i], a, b[0], b[1]);
+              if constexpr (F::kHasMinimum) mma<T>(x_sums[i], ones, b[0], b[1]);
+              if constexpr (kTokenTiles > 1) {
+                mma<T>(group_sums[i + 1], a, b[2], b[3]);
+                if constexpr (F::kHasMinimum) mma<T>(x_sums[i + 1], ones, b[2], b[3]);
+              }
+            }
+          }
+          if ((step + 1) % group_steps == 0) {
+#pragma unroll
+            for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const Affine& row = affine.row[j / 2];
+                sums[i][j] = fmaf(row.scale, group_sums[i][j], sums[i][j]);
+                if constexpr (F::kHasMinimum) sums[i][j] = fmaf(row.minimum, x_sums[i][j], sums[i][j]);
+              }
+            }
+          }
+        }
+      }
+      codes = next;
+      __syncthreads();
+    }
+
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) shared.partial[warp_k][warp_n][(i * 32 + lane) * 4 + j] = sums[i][j];
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < Shape::kWarpsN * S::kPartials; e += S::kThreads) {
+      // Rows of n fastest, so that neighbouring threads write neighbouring elements.
+      const int row = e % kTileN, token = e / kTileN % S::kTokens, tile_n = e / kTileN / S::kTokens;
+      const int source = ((token / 8 * 32) + (row % 8) * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < Shape::kWarpsK; ++i) sum += shared.partial[i][tile_n][source];
+      const int64_t n = (blockIdx.x % row_groups * static_cast<int64_t>(Shape::kWarpsN) + tile_n) * kTileN + row;
+      if (n < p.n && token < tokens) {
+        store_scalar(p.out, (batch * p.m + token0 + token) * p.n + n, p.out_type, sum);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace jax_qgemm

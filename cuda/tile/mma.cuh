@@ -1,0 +1,102 @@
+// Warp-level pieces around mma.sync.m16n8k16: operand types, fragments, and the decoded weight as its A operand.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace jax_qgemm {
+
+// The two 16-bit operand types. kOne is 1.0 twice.
+struct MmaF16 {
+  static constexpr bool kIsBF16 = false;
+  static constexpr uint32_t kOne = 0x3c003c00u;
+};
+
+struct MmaBF16 {
+  static constexpr bool kIsBF16 = true;
+  static constexpr uint32_t kOne = 0x3f803f80u;
+};
+
+// c += a (16 x 16) * b (16 x 8), float32 accumulation.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (T::kIsBF16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* shared_row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Turns levels (four unsigned bytes of one row, elements k, k+8, k+1, k+9) into the row's two fragment registers, as
+// exact integers level - zero.
+template <class T, bool Wide>
+struct Converter;
+
+// f16: 0x6400 | u is 1024 + u.
+template <bool Wide>
+struct Converter<MmaF16, Wide> {
+  __half2 offset;
+  __device__ explicit Converter(int zero) : offset(__float2half2_rn(1024.0f + static_cast<float>(zero))) {}
+
+  __device__ __forceinline__ void operator()(uint32_t levels, uint32_t& low, uint32_t& high) const {
+    low = subtract(__byte_perm(levels, 0x64646464u, 0x4240));
+    high = subtract(__byte_perm(levels, 0x64646464u, 0x4341));
+  }
+  __device__ __forceinline__ uint32_t subtract(uint32_t v) const {
+    const __half2 d = __hsub2(reinterpret_cast<const __half2&>(v), offset);
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+};
+
+// bf16, levels below 128: 0x4300 | u is 128 + u.
+template <>
+struct Converter<MmaBF16, false> {
+  __nv_bfloat162 offset;
+  __device__ explicit Converter(int zero) : offset(__float2bfloat162_rn(128.0f + static_cast<float>(zero))) {}
+
+  __device__ __forceinline__ void operator()(uint32_t levels, uint32_t& low, uint32_t& high) const {
+    low = subtract(__byte_perm(levels, 0x43434343u, 0x4240));
+    high = subtract(__byte_perm(levels, 0x43434343u, 0x4341));
+  }
+  __device__ __forceinline__ uint32_t subtract(uint32_t v) const {
+    const __nv_bfloat162 d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(v), offset);
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+};
+
+// bf16, levels of 8 bits: its 8 significant bits hold the difference, not the sum with 128, so through float32, where
+// 0x4b000000 | u is 2^23 + u.
+template <>
+struct Converter<MmaBF16, true> {
+  float offset;
+  __device__ explicit Converter(int zero) : offset(8388608.0f + static_cast<float>(zero)) {}
+
+  __device__ __forceinline__ void operator()(uint32_t levels, uint32_t& low, uint32_t& high) const {
+    low = pack(value(levels, 0x7650), value(levels, 0x7652));
+    high = pack(value(levels, 0x7651), value(levels, 0x7653));
+  }
+  __device__ __forceinline__ float value(uint32_t levels, uint32_t selector) const {
+    return __uint_as_float(__byte_perm(levels, 0x4b000000u, selector)) - offset;
+  }
+  __device__ __forceinline__ static uint32_t pack(float first, float second) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+};
+
+}  // namespace jax_qgemm

@@ -1,0 +1,29 @@
+"""Quantized matrix products for JAX on NVIDIA GPUs and CPUs."""
+
+from jax_qgemm._guard import check_native as _check_native
+
+_check_native()
+
+from jax_qgemm import _registration, formats  # noqa: E402
+
+_registration.register()
+
+from jax_qgemm._build_info import BuildInfo, build_info  # noqa: E402
+from jax_qgemm._registration import export_safety_checks  # noqa: E402
+from jax_qgemm.formats import QTensor, int2, int3, int4, int8, quantize  # noqa: E402
+from jax_qgemm.ops import matmul, take  # noqa: E402
+
+__all__ = [
+    "BuildInfo",
+    "QTensor",
+    "build_info",
+    "export_safety_checks",
+    "formats",
+    "int2",
+    "int3",
+    "int4",
+    "int8",
+    "matmul",
+    "quantize",
+    "take",
+]

@@ -1,0 +1,220 @@
+"""The frozen description of a weight format: what every codec, kernel and test knows about it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_qgemm.formats import layout
+
+Fields = Mapping[str, jax.Array]
+"""Logical parts of a weight. "codes" is uint8 (..., n, k); every other part is an unsigned integer array
+(..., n, k / group), float values being kept as their bits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CodePlane:
+    """Bits [shift, shift + bits) of every code, `bits` one of 1, 2, 4, 8."""
+
+    name: str
+    bits: int
+    shift: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlane:
+    """One value per row of n and `group` elements of k; group 0 is one value per row (per channel)."""
+
+    name: str
+    dtype: str
+    group: int
+
+
+Plane = CodePlane | GroupPlane
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(abc.ABC):
+    """An exact encoding of weights, each element being
+
+        scale * (qvalue - zero_point) + minimum
+
+    with an integer qvalue in [-128, 255], a float32 scale and, where the format has them, an integer zero_point and
+    a float32 minimum per group of `group` elements of k. Two formats are equal if all their parameters are.
+
+    Attributes:
+      name: the name users write, such as "q4_k".
+      block: k must be a multiple of it.
+      group: elements of k that share a scale; 0 means the whole column (per channel).
+      planes: the arrays of a QTensor in this format, in order; the first holds the low bits of the codes.
+    """
+
+    name: str
+    block: int
+    group: int
+    planes: tuple[Plane, ...]
+
+    @property
+    def k_block(self) -> int:
+        """Elements of k in one step of the planes' k axis: lcm(64, block, group)."""
+        return math.lcm(layout.TILE_K, self.block, self.group or 1)
+
+    @property
+    def code_bits(self) -> int:
+        return sum(p.bits for p in self.planes if isinstance(p, CodePlane))
+
+    def __str__(self) -> str:
+        return self.name
+
+    # What a family defines.
+
+    @abc.abstractmethod
+    def qvalue(self, codes: jax.Array) -> jax.Array:
+        """int32 qvalues of uint8 codes of any shape."""
+
+    @abc.abstractmethod
+    def scale(self, fields: Fields) -> jax.Array:
+        """float32 (..., n, k / group) scales, rounded exactly as the format's own decoder rounds them."""
+
+    def zero_point(self, fields: Fields) -> jax.Array | None:
+        """int32 (..., n, k / group), or None."""
+        del fields
+        return None
+
+    def minimum(self, fields: Fields) -> jax.Array | None:
+        """float32 (..., n, k / group), added to scale * qvalue, or None."""
+        del fields
+        return None
+
+    @abc.abstractmethod
+    def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Quantizes float32 (..., n, k).
+
+        Returns:
+          The fields, and a scalar bool: whether a scale left the range of its type and was clamped to it.
+        """
+
+    # What follows for all of them.
+
+    def decode(self, fields: Fields) -> jax.Array:
+        """float32 (..., n, k): the format's own value of every element, to the bit."""
+        codes = fields["codes"]
+        scale = self.scale(fields)
+        grouped = (*codes.shape[:-1], scale.shape[-1], codes.shape[-1] // scale.shape[-1])
+        qvalue = self.qvalue(codes).reshape(grouped)
+        zero_point = self.zero_point(fields)
+        if zero_point is not None:
+            qvalue = qvalue - zero_point[..., None]
+        value = qvalue.astype(jnp.float32) * scale[..., None]
+        minimum = self.minimum(fields)
+        if minimum is not None:
+            # XLA would contract the product and the sum into one fma, which rounds once instead of twice.
+            value = lax.optimization_barrier(value) + minimum[..., None]
+        return value.reshape(codes.shape)
+
+    def to_planes(self, fields: Fields) -> tuple[jax.Array, ...]:
+        """Packs logical fields into the kernel layout; n and k are padded with zero codes and zero scales."""
+        codes = fields["codes"]
+        n, k = codes.shape[-2:]
+        n_padded, k_padded = layout.round_up(n, layout.TILE_N), layout.round_up(k, self.k_block)
+        planes = []
+        for plane in self.planes:
+            values = fields["codes"] if isinstance(plane, CodePlane) else fields[plane.name]
+            if isinstance(plane, CodePlane):
+                columns = k_padded
+            else:
+                columns = k_padded // plane.group if plane.group else 1
+            pad = [(0, 0)] * (values.ndim - 2) + [(0, n_padded - n), (0, columns - values.shape[-1])]
+            values = jnp.pad(values, pad)
+            if isinstance(plane, CodePlane):
+                planes.append(layout.pack_codes(values, plane.bits, plane.shift, self.k_block))
+            else:
+                planes.append(layout.pack_groups(values, k_padded // self.k_block if plane.group else 1))
+        return tuple(planes)
+
+    def from_planes(self, planes: tuple[jax.Array, ...], n: int, k: int) -> dict[str, jax.Array]:
+        """The inverse of `to_planes`, without the padding."""
+        fields: dict[str, jax.Array] = {}
+        for plane, array in zip(self.planes, planes, strict=True):
+            if isinstance(plane, CodePlane):
+                part = layout.unpack_codes(array, plane.bits, plane.shift, self.k_block)[..., :n, :k]
+                fields["codes"] = fields["codes"] | part if "codes" in fields else part
+            else:
+                columns = k // plane.group if plane.group else 1
+                fields[plane.name] = layout.unpack_groups(array)[..., :n, :columns]
+        return fields
+
+    def take_rows(self, planes: tuple[jax.Array, ...], rows: jax.Array, k: int) -> dict[str, jax.Array]:
+        """Fields of single rows of n, (..., k) and (..., k / group), reading nothing of the other rows' groups."""
+        fields: dict[str, jax.Array] = {}
+        for plane, array in zip(self.planes, planes, strict=True):
+            if isinstance(plane, CodePlane):
+                part = layout.take_row_codes(array, rows, plane.bits, plane.shift, self.k_block)[..., :k]
+                fields["codes"] = fields["codes"] | part if "codes" in fields else part
+            else:
+                columns = k // plane.group if plane.group else 1
+                fields[plane.name] = layout.take_row_groups(array, rows)[..., :columns]
+        return fields
+
+    def plane_shape(self, plane: Plane, n: int, k: int) -> tuple[int, int, int]:
+        """Shape of a plane of an unbatched (k, n) weight."""
+        n16, blocks = -(-n // layout.TILE_N), -(-k // self.k_block)
+        if isinstance(plane, CodePlane):
+            return n16, blocks, self.k_block // layout.TILE_K * layout.words_per_tile(plane.bits)
+        if not plane.group:
+            return n16, 1, 16
+        return n16, blocks, 16 * (self.k_block // plane.group)
+
+    def plane_dtype(self, plane: Plane) -> jnp.dtype:
+        return jnp.dtype("uint32" if isinstance(plane, CodePlane) else plane.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFormat(Format):
+    """A format with a GGUF block: `block` elements of k stored in `block_bytes` bytes.
+
+    Attributes:
+      block_bytes: bytes of one block.
+      ggml_type: the number of the type in a GGUF file (ggml.h, enum ggml_type).
+    """
+
+    block_bytes: int
+    ggml_type: int
+
+    @abc.abstractmethod
+    def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
+        """Fields of uint8 (..., n, k / block, block_bytes) blocks."""
+
+    @abc.abstractmethod
+    def to_bytes(self, fields: Fields) -> jax.Array:
+        """The inverse of `from_bytes`."""
+
+
+def f16_to_f32(bits: jax.Array) -> jax.Array:
+    """float32 value of float16 bits held in uint16."""
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+def f32_to_f16(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint16 bits of float32 values rounded to float16 and clamped to +-65504, and whether any was clamped."""
+    limit = jnp.float32(65504.0)
+    half = jnp.clip(value, -limit, limit).astype(jnp.float16)
+    overflow = jnp.any(jnp.abs(value) >= 65520.0)  # the first value that rounds to infinity
+    return lax.bitcast_convert_type(half, jnp.uint16), overflow
+
+
+def exact_divide(value: jax.Array, divisor: float) -> jax.Array:
+    """value / divisor with one rounding. XLA turns a division by a constant into a product with its reciprocal; a
+    divisor that depends on data it must divide by."""
+    return value / jnp.where(value == value, jnp.float32(divisor), jnp.float32(1.0))
+
+
+def safe_reciprocal(d: jax.Array) -> jax.Array:
+    """1 / d, and 0 where d is 0 (ggml's `id = d ? 1/d : 0`)."""
+    return jnp.where(d == 0, 0.0, 1.0 / jnp.where(d == 0, 1.0, d))

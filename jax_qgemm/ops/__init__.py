@@ -1,0 +1,6 @@
+"""The ops: primitives with their abstract evaluation, batching, derivatives and lowerings, and their public wrappers."""
+
+from jax_qgemm.ops.matmul import ACTIVATIONS, matmul
+from jax_qgemm.ops.take import take
+
+__all__ = ["ACTIVATIONS", "matmul", "take"]

@@ -1,0 +1,5 @@
+"""Every op in plain jnp: what the kernels are compared with, and what runs where there is no kernel."""
+
+from jax_qgemm.reference.matmul import matmul
+
+__all__ = ["matmul"]
