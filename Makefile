@@ -16,15 +16,17 @@ candidates := python3 python3.13 python3.12 python3.11 python3.14
 PYTHON ?= $(shell for p in $(candidates); do $$p -c "$(usable)" 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 
-gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
-# Hopper's own instructions are in 90a, not in 90.
-gpu_architectures := $(patsubst 90,90a,$(filter-out %N/A%,$(gpus)))
+# Compute capabilities of 8.0 and more, as CMake writes them; Hopper's own instructions are in 90a, not in 90.
+gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+          | awk '$$1 + 0 >= 8 { print $$1 * 10 }' | sort -u)
 comma := ,
 empty :=
-ifneq ($(gpu_architectures),)
-  extra_gpu := ,cuda13
+ifneq ($(gpus),)
   JAX_QGEMM_CUDA ?= $(if $(or $(CUDACXX),$(shell command -v nvcc)),on,wheels)
-  JAX_QGEMM_CUDA_ARCHITECTURES ?= $(subst $(empty) ,$(comma),$(gpu_architectures))
+  JAX_QGEMM_CUDA_ARCHITECTURES ?= $(subst $(empty) ,$(comma),$(patsubst 90,90a,$(gpus)))
+  ifneq ($(JAX_QGEMM_CUDA),off)
+    extra_gpu := ,cuda13
+  endif
 else
   JAX_QGEMM_CUDA ?= off
 endif
@@ -60,6 +62,7 @@ help:
 	@echo "make test-mutants  break the kernels on purpose; every break must be caught"
 	@echo "make build         set up and build only"
 	@echo "make lint          ruff, pyright and clang-format in check mode; make format rewrites"
+	@echo "make docs          the documentation as HTML, in build/docs"
 	@echo "make clean         remove the build and the virtual environment"
 
 .PHONY: demo test test-gpu test-mutants build
@@ -100,7 +103,7 @@ $(state)/configuration: FORCE
 	@echo "$(configuration)" | cmp -s - $@ || echo "$(configuration)" >$@
 
 .PHONY: lint format stubs clean
-cxx_sources = $(shell find cuda -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+cxx_sources = $(shell find cuda tests/emulation -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 lint: $(state)/installed-bench,demo,dev,test
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
@@ -111,6 +114,10 @@ format: $(state)/installed-bench,demo,dev,test
 	$(py) -m ruff check --fix .
 	$(py) -m ruff format .
 	$(bin)clang-format -i $(cxx_sources)
+
+.PHONY: docs
+docs: $(state)/installed-docs
+	$(py) -m mkdocs build --strict
 
 # The native module's stub is kept in the repository, for type checkers that see no build.
 stubs: $(state)/installed-$(EXTRAS)

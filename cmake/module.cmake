@@ -27,7 +27,7 @@ find_package(nanobind CONFIG REQUIRED)
 nanobind_add_module(_native STABLE_ABI NB_STATIC NOMINSIZE NB_SUPPRESS_WARNINGS cuda/ffi/module.cc)
 target_link_libraries(_native PRIVATE jax_qgemm_options ${cuda_objects} ${host_objects})
 if(JAX_QGEMM_CUDA_ENABLED)
-  # The host compiler links; CMake before 3.26 does not tell it where the static CUDA runtime lies.
+  # The host compiler links, and not every CMake tells it where the static CUDA runtime lies.
   target_link_directories(_native PRIVATE ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES}
                           ${CMAKE_CUDA_HOST_IMPLICIT_LINK_DIRECTORIES})
 endif()

@@ -8,13 +8,24 @@ from jax_qgemm import _registration, formats  # noqa: E402
 
 _registration.register()
 
+from jax_qgemm import io  # noqa: E402
 from jax_qgemm._build_info import BuildInfo, build_info  # noqa: E402
 from jax_qgemm._registration import export_safety_checks  # noqa: E402
-from jax_qgemm.formats import QTensor, int2, int3, int4, int8, quantize  # noqa: E402
+from jax_qgemm.formats import (  # noqa: E402
+    QActivations,
+    QTensor,
+    int2,
+    int3,
+    int4,
+    int8,
+    quantize,
+    quantize_activations,
+)
 from jax_qgemm.ops import matmul, take  # noqa: E402
 
 __all__ = [
     "BuildInfo",
+    "QActivations",
     "QTensor",
     "build_info",
     "export_safety_checks",
@@ -23,7 +34,9 @@ __all__ = [
     "int3",
     "int4",
     "int8",
+    "io",
     "matmul",
     "quantize",
+    "quantize_activations",
     "take",
 ]

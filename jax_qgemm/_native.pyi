@@ -19,3 +19,8 @@ def dequantize(format: str, planes: Sequence[Annotated[NDArray, dict(order='C', 
     """
     The C++ decoder, element by element: float32 (n, k) of the planes of one weight.
     """
+
+def set_host_instruction_set(name: str) -> None:
+    """
+    For tests: makes later products on the CPU use it; "" is the best that this CPU has.
+    """

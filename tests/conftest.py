@@ -25,6 +25,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if missing is None:
         return
     if config.getoption("markexpr") == "gpu":
-        raise pytest.UsageError(f"the GPU tests were asked for, and it {missing}")
+        raise pytest.UsageError(f"the tests marked gpu were asked for; running them {missing}")
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason=missing))

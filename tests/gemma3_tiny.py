@@ -5,12 +5,14 @@ import numpy as np
 
 import jax_qgemm as qg
 
-VOCABULARY = 96
+TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581"]
+TOKENS += [*"abcdefghijklmnopqrstuvwxyz", "th"]
+VOCABULARY = len(TOKENS)  # 288
 METADATA = {
     "general.architecture": "gemma3",
     "general.name": "tiny",
     "gemma3.context_length": 1024,
-    "gemma3.block_count": 4,
+    "gemma3.block_count": 3,
     "gemma3.embedding_length": 64,
     "gemma3.feed_forward_length": 96,
     "gemma3.attention.head_count": 4,
@@ -23,7 +25,14 @@ METADATA = {
     "gemma3.rope.freq_base": 1e6,
     "gemma3.rope.scaling.type": "linear",
     "gemma3.rope.scaling.factor": 8.0,
-    "gemma3.final_logit_softcapping": 20.0,
+    "gemma3.final_logit_softcapping": 0.5,
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.scores": [0.0] * VOCABULARY,
+    "tokenizer.ggml.token_type": [3, 3, 3, 2, *[6] * 256, *[1] * 28],
+    "tokenizer.ggml.bos_token_id": 2,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.add_space_prefix": False,
 }
 _MATRICES = {  # name: (k, n, format), as llama.cpp mixes them
     "attn_q": (64, 128, "q4_0"),
@@ -44,14 +53,15 @@ def tensors(seed: int = 0, quantized: bool = True) -> dict:
     """The model's tensors as `load_gguf` gives them; unquantized, the same weights as float32 (n, k)."""
     rng = np.random.default_rng(seed)
 
-    def matrix(k: int, n: int, format: str):
-        w = qg.quantize(jnp.asarray(rng.standard_normal((k, n)) * k**-0.5, jnp.float32), format)
+    def matrix(k: int, n: int, format: str, scale: float = 1.0):
+        w = qg.quantize(jnp.asarray(rng.standard_normal((k, n)) * scale * k**-0.5, jnp.float32), format)
         return w if quantized else w.dequantize(jnp.float32).T
 
     def norm(n: int):
         return jnp.asarray(rng.uniform(0.5, 1.5, n), jnp.float32)
 
-    result = {"token_embd.weight": matrix(64, VOCABULARY, "q8_0"), "output_norm.weight": norm(64)}
+    # A small embedding, or the token itself would outweigh in the logits what the layers make of it.
+    result = {"token_embd.weight": matrix(64, VOCABULARY, "q8_0", 0.2), "output_norm.weight": norm(64)}
     for i in range(METADATA["gemma3.block_count"]):
         result |= {f"blk.{i}.{name}.weight": matrix(*spec) for name, spec in _MATRICES.items()}
         result |= {f"blk.{i}.{name}.weight": norm(n) for name, n in _NORMS.items()}
@@ -62,7 +72,8 @@ def oracle_logits(tensors: dict, ids: list[int]) -> np.ndarray:
     """Logits (t, vocabulary) of the tiny model in float64: no cache, every pair of tokens one by one."""
     w = {
         name.removesuffix(".weight"): np.asarray(
-            t.dequantize(jnp.float32) if isinstance(t, qg.QTensor) else (t.T if t.ndim == 2 else t), np.float64
+            t.dequantize(jnp.float32) if isinstance(t, qg.QTensor) else (t.T if t.ndim == 2 else t),
+            np.float64,
         )
         for name, t in tensors.items()
     }
@@ -82,7 +93,7 @@ def oracle_logits(tensors: dict, ids: list[int]) -> np.ndarray:
 
     t = len(ids)
     x = w["token_embd"].T[ids] * 8.0
-    for layer in range(4):
+    for layer in range(3):
         p = f"blk.{layer}."
         sliding = layer % 3 != 2
         rope = (1e4, 1.0) if sliding else (1e6, 1 / 8)
@@ -104,4 +115,4 @@ def oracle_logits(tensors: dict, ids: list[int]) -> np.ndarray:
         gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         x = x + norm((gate * (h @ w[p + "ffn_up"])) @ w[p + "ffn_down"], w[p + "post_ffw_norm"])
     output = w.get("output", w["token_embd"])
-    return 20 * np.tanh(norm(x, w["output_norm"]) @ output / 20)
+    return 0.5 * np.tanh(norm(x, w["output_norm"]) @ output / 0.5)

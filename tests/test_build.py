@@ -32,8 +32,7 @@ def write_ffi_header(include_dir: Path, major: int, minor: int) -> None:
     header = include_dir / "xla" / "ffi" / "api" / "c_api.h"
     header.parent.mkdir(parents=True)
     header.write_text(
-        "// XLA_FFI_API_MINOR 77\n"
-        f"#define XLA_FFI_API_MAJOR {major}\n\n#define XLA_FFI_API_MINOR {minor}  // why\n"
+        f"// XLA_FFI_API_MINOR 77\n#define XLA_FFI_API_MAJOR {major}\n\n#define XLA_FFI_API_MINOR {minor}  // why\n"
     )
 
 

@@ -161,7 +161,7 @@ def test_python_values_get_the_documented_types(tmp_path):
         "numpy strings": (np.array(["a", "b"]), ["ARRAY", "STRING"]),
         "big endian array": (np.array([1, 2], ">u2"), ["ARRAY", "UINT16"]),
         "jax array": (jnp.array([1, 2], jnp.int32), ["ARRAY", "INT32"]),
-        "typed": (io.GGUFInt(3, _gguf_types.ValueType.INT64), ["INT64"]),
+        "typed": (io.GGUFInt(3, io.GGUFValueType.INT64), ["INT64"]),
     }
     path = tmp_path / "a.gguf"
     io.save_gguf(path, {}, {key: value for key, (value, _) in cases.items()})
@@ -182,16 +182,16 @@ def test_empty_arrays(tmp_path):
 
 
 def test_typed_ints_behave_as_ints():
-    value = io.GGUFInt(3, _gguf_types.ValueType.UINT8)
+    value = io.GGUFInt(3, io.GGUFValueType.UINT8)
     assert int(value) == 3
     assert type(value + 1) is int
     assert repr(value) == "3"
     assert (jnp.ones(4) * value).sum() == 12
     for copied in (copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
         assert int(copied) == 3
-        assert copied.value_type == _gguf_types.ValueType.UINT8
+        assert copied.value_type == io.GGUFValueType.UINT8
     with pytest.raises(ValueError, match="got 256, expected 0 to 255 for UINT8"):
-        io.GGUFInt(256, _gguf_types.ValueType.UINT8)
+        io.GGUFInt(256, io.GGUFValueType.UINT8)
 
 
 def test_strings_that_are_not_utf8_survive(tmp_path):

@@ -12,6 +12,7 @@ namespace jax_qgemm {
 
 struct MatmulAttributes {
   std::string_view format;
+  std::string_view kernel;
   int64_t group_size;  // integer formats: elements of k per scale, 0 is per channel
   int64_t scale_type;  // integer formats: a ScaleType
   int64_t batch_ndim;
@@ -30,6 +31,7 @@ xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs plan
       .RemainingArgs()                      \
       .Ret<xla::ffi::AnyBuffer>()           \
       .Attr<std::string_view>("format")     \
+      .Attr<std::string_view>("kernel")     \
       .Attr<int64_t>("group_size")          \
       .Attr<int64_t>("scale_type")          \
       .Attr<int64_t>("batch_ndim")          \

@@ -100,6 +100,7 @@ ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result
   p->k = a.transpose ? out_dims[rank - 1] : x_dims[rank - 1];
   p->n = a.transpose ? x_dims[rank - 1] : out_dims[rank - 1];
   p->format = a.format;
+  p->kernel = a.kernel;
   p->transpose = a.transpose;
   p->highest = a.highest;
   p->x = x.untyped_data();

@@ -13,6 +13,7 @@
 #include "formats/formats.cuh"
 #include "generated/build_config.h"
 #include "host/dequantize.h"
+#include "host/matmul.h"
 #include "xla/ffi/api/c_api.h"
 
 extern "C" XLA_FFI_Error* jax_qgemm_matmul_cpu(XLA_FFI_CallFrame*);
@@ -86,4 +87,10 @@ NB_MODULE(_native, m) {
         "For every format, its planes as (name, is_code, bits, shift, group), for comparison with the Python tables.");
   m.def("dequantize", &dequantize, "format"_a, "planes"_a, "n"_a, "k"_a, "group_size"_a = 0, "scale_type"_a = 0,
         "The C++ decoder, element by element: float32 (n, k) of the planes of one weight.");
+  m.def(
+      "set_host_instruction_set",
+      [](const std::string& name) {
+        if (!jax_qgemm::host::set_instruction_set(name)) throw std::invalid_argument("name: no instruction set " + name);
+      },
+      "name"_a, "For tests: makes later products on the CPU use it; \"\" is the best that this CPU has.");
 }

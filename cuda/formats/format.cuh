@@ -11,7 +11,10 @@
 //   kLowBits, kHighBits     widths of the code planes (kHighBits 0: only one)
 //   kHasMinimum             whether minimum() is ever non-zero
 //   kTable                  for formats that decode by table: 16 unsigned values (zero() is what they are biased by)
-//   levels(codes)           four codes, a byte each -> four unsigned levels, a byte each
+//   kZero                   zero of every group; integer formats with zero points: the middle of the levels
+//   levels(codes)           four codes, a byte each -> four unsigned levels, a byte each (in every lane of a vector T)
+//   affine_at(w, j, super)  the two Affine at index j of the group planes; `super` indexes planes of one value per 256.
+//                           w is a Weight, or another reader with its pair(), has_plane() and scale_type
 //   affine(w, i, g, s)      the two Affine of rows g and g+8 of tile row i at k-step s
 // and the value of an element is scale * (level - zero) + minimum, rounded after each operation.
 #pragma once
@@ -21,6 +24,8 @@
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
+
+#include "tile/ptx.cuh"
 #define QG_HD __host__ __device__ __forceinline__
 #else
 #define QG_HD inline __attribute__((always_inline))
@@ -47,12 +52,27 @@ constexpr PlaneSpec group_plane(const char* name, int bits, int group) { return 
 
 enum class ScaleType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2 };
 
+template <class T>
+struct Pair {
+  T v[2];
+};
+
+// The values of rows g and g+8, one aligned load.
+template <class T>
+QG_HD Pair<T> load_pair(const void* plane, int64_t index);
+
 // A weight as kernels see it. Leading batch axes are folded into the tile rows.
 struct Weight {
   const void* planes[kMaxPlanes];
   int64_t k_blocks;      // length of the planes' k axis
   int32_t group;         // integer formats: elements of k per scale, 0 is per channel
   ScaleType scale_type;  // integer formats
+
+  QG_HD bool has_plane(int i) const { return planes[i] != nullptr; }
+  template <class T>
+  QG_HD Pair<T> pair(int plane, int64_t index) const {
+    return load_pair<T>(planes[plane], index);
+  }
 };
 
 struct Affine {
@@ -95,20 +115,17 @@ QG_HD float float_from_bits(uint32_t bits) {
 QG_HD float f16_to_f32(uint16_t bits) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(bits));
-#elif defined(__F16C__)
-  _Float16 h;
-  memcpy(&h, &bits, sizeof h);
-  return static_cast<float>(h);
 #else
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign ? -magnitude : magnitude;
-  }
-  const uint32_t wide = exponent == 31u ? 255u : exponent + 112u;
-  // A signalling NaN becomes quiet, as the hardware's conversion makes it.
-  const uint32_t quiet = exponent == 31u && mantissa ? 0x400000u : 0u;
-  return float_from_bits(sign | wide << 23 | mantissa << 13 | quiet);
+  // Masks instead of branches, so that loops over scales vectorize; no float32 subnormals, which XLA's threads flush.
+  const uint32_t magnitude = bits & 0x7fffu;
+  const uint32_t is_subnormal = 0u - (magnitude < 0x0400u), is_special = 0u - (magnitude >= 0x7c00u);
+  const uint32_t quiet = (0u - (magnitude > 0x7c00u)) & 0x400000u;  // a NaN becomes quiet, as in hardware
+  const uint32_t normal = (magnitude << 13) + (112u << 23) + (is_special & (112u << 23));
+  const float subnormal = float_from_bits((magnitude << 13) + (113u << 23)) - 0x1p-14f;
+  uint32_t subnormal_bits;
+  memcpy(&subnormal_bits, &subnormal, sizeof subnormal_bits);
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  return float_from_bits(sign | quiet | (is_subnormal & subnormal_bits) | (~is_subnormal & normal));
 #endif
 }
 
@@ -121,12 +138,6 @@ QG_HD float value_of(const Affine& a, int level) {
   return F::kHasMinimum ? add_rn(product, a.minimum) : product;
 }
 
-template <class T>
-struct Pair {
-  T v[2];
-};
-
-// The values of rows g and g+8, one aligned load.
 template <class T>
 QG_HD Pair<T> load_pair(const void* plane, int64_t index) {
   Pair<T> p;
@@ -142,7 +153,8 @@ QG_HD Pair<T> load_pair(const void* plane, int64_t index) {
     memcpy(&p, &raw, 8);
   }
 #else
-  memcpy(&p, static_cast<const T*>(plane) + index, sizeof p);
+  const T* values = static_cast<const T*>(plane) + index;
+  p = {{values[0], values[1]}};
 #endif
   return p;
 }
@@ -154,6 +166,21 @@ QG_HD int64_t group_index(const Weight& w, int64_t tile_row, int g, int64_t step
   const int within = static_cast<int>(step % steps_per_block) * 16 / group;
   return (((tile_row * w.k_blocks + block) * 8 + g) * per_block + within) * 2;
 }
+
+// affine() of a format that has affine_at().
+template <class F>
+struct AffineByIndex {
+  QG_HD static AffinePair affine(const Weight& w, int64_t tile_row, int g, int64_t step) {
+    if constexpr (F::kGroup == 0) {
+      if (w.group == 0) return F::affine_at(w, (tile_row * 8 + g) * 2, 0);
+      const int k_block = w.group < kTileK ? kTileK : w.group;
+      return F::affine_at(w, group_index(w, tile_row, g, step, w.group, k_block), 0);
+    } else {
+      return F::affine_at(w, group_index(w, tile_row, g, step, F::kGroup, F::kKBlock),
+                          group_index(w, tile_row, g, step, F::kKBlock, F::kKBlock));
+    }
+  }
+};
 
 // Four bytes looked up in a table of 16, each byte of `codes` below 16.
 template <class F>
@@ -167,8 +194,7 @@ QG_HD uint32_t table_levels(uint32_t codes) {
   // prmt takes its four selectors as nibbles; bit 3 of one would replicate a sign, so it chooses the half instead.
   const uint32_t selector = __byte_perm(codes | codes >> 4, 0, 0x4420) & 0x7777u;
   const uint32_t low = __byte_perm(t0, t1, selector), high = __byte_perm(t2, t3, selector);
-  uint32_t is_high;
-  asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(is_high) : "r"(codes << 4));
+  const uint32_t is_high = ptx::permute_bytes(codes << 4, 0, 0xba98);
   return (high & is_high) | (low & ~is_high);
 #else
   uint32_t out = 0;

@@ -7,30 +7,32 @@ namespace jax_qgemm {
 
 // w = scale * (q - zero_point). Levels are unsigned in every case: a symmetric format's zero point is the middle.
 template <int Bits>
-struct Integer {
+struct Integer : AffineByIndex<Integer<Bits>> {
   static constexpr int kBlock = 0, kKBlock = 0, kGroup = 0;
   static constexpr int kLowBits = Bits == 3 ? 2 : Bits, kHighBits = Bits == 3 ? 1 : 0;
   static constexpr bool kHasMinimum = false, kHasTable = false;
-  static constexpr int kScales = kHighBits ? 2 : 1;
+  static constexpr int kScales = kHighBits ? 2 : 1, kZero = 1 << (Bits - 1);
 
-  QG_HD static uint32_t levels(uint32_t codes) { return Bits == 8 ? codes ^ 0x80808080u : codes; }
+  template <class T>
+  QG_HD static T levels(T codes) {
+    return Bits == 8 ? codes ^ 0x80808080u : codes;
+  }
 
-  QG_HD static AffinePair affine(const Weight& w, int64_t tile_row, int g, int64_t step) {
-    int64_t index = (tile_row * 8 + g) * 2;
-    if (w.group) index = group_index(w, tile_row, g, step, w.group, w.group < kTileK ? kTileK : w.group);
+  template <class Reader>
+  QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t) {
     float scale[2];
     if (w.scale_type == ScaleType::kF32) {
-      const auto bits = load_pair<uint32_t>(w.planes[kScales], index);
+      const auto bits = w.template pair<uint32_t>(kScales, index);
       for (int h = 0; h < 2; ++h) scale[h] = float_from_bits(bits.v[h]);
     } else {
-      const auto bits = load_pair<uint16_t>(w.planes[kScales], index);
+      const auto bits = w.template pair<uint16_t>(kScales, index);
       for (int h = 0; h < 2; ++h) {
         scale[h] = w.scale_type == ScaleType::kF16 ? f16_to_f32(bits.v[h]) : bf16_to_f32(bits.v[h]);
       }
     }
-    int zero[2] = {1 << (Bits - 1), 1 << (Bits - 1)};
-    if (w.planes[kScales + 1]) {
-      const auto stored = load_pair<uint8_t>(w.planes[kScales + 1], index);
+    int zero[2] = {kZero, kZero};
+    if (w.has_plane(kScales + 1)) {
+      const auto stored = w.template pair<uint8_t>(kScales + 1, index);
       for (int h = 0; h < 2; ++h) zero[h] = stored.v[h];
     }
     return {{{scale[0], zero[0], 0.0f}, {scale[1], zero[1], 0.0f}}};

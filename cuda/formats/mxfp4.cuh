@@ -5,7 +5,7 @@
 namespace jax_qgemm {
 
 // w = 2^(e - 128) * table[q], with an 8-bit exponent e for every 32 elements
-struct MXFP4 : FP4 {
+struct MXFP4 : FP4, AffineByIndex<MXFP4> {
   struct Block {
     uint8_t e, qs[16];
   };
@@ -19,8 +19,9 @@ struct MXFP4 : FP4 {
     return float_from_bits(e < 2 ? 0x200000u << e : static_cast<uint32_t>(e - 1) << 23);
   }
 
-  QG_HD static AffinePair affine(const Weight& w, int64_t tile_row, int g, int64_t step) {
-    const auto e = load_pair<uint8_t>(w.planes[1], group_index(w, tile_row, g, step, kGroup, kKBlock));
+  template <class Reader>
+  QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t) {
+    const auto e = w.template pair<uint8_t>(1, index);
     return {{{scale(e.v[0]), kZero, 0.0f}, {scale(e.v[1]), kZero, 0.0f}}};
   }
 };

@@ -5,7 +5,7 @@
 namespace jax_qgemm {
 
 // w = s / 2 * table[q], with an unsigned e4m3 float s for every 16 elements
-struct NVFP4 : FP4 {
+struct NVFP4 : FP4, AffineByIndex<NVFP4> {
   struct Block {
     uint8_t scales[4], qs[32];
   };
@@ -16,14 +16,19 @@ struct NVFP4 : FP4 {
 
   // Half the value of the low seven bits; 0x7f alone is NaN in e4m3, and ggml decodes it as 0.
   QG_HD static float scale(uint8_t s) {
-    if (s == 0x7f) return 0.0f;
-    const uint32_t exponent = s >> 3 & 15u, mantissa = s & 7u;
-    if (exponent == 0) return static_cast<float>(mantissa) * 0x1p-10f;
-    return float_from_bits((exponent + 119u) << 23 | mantissa << 20);
+    const uint32_t magnitude = s & 0x7fu;
+    const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
+    uint32_t subnormal_bits;
+    memcpy(&subnormal_bits, &subnormal, sizeof subnormal_bits);
+    // Masks instead of branches, so that loops over scales vectorize.
+    const uint32_t is_subnormal = 0u - (magnitude < 8), is_number = 0u - (s != 0x7f);
+    const uint32_t normal = (magnitude << 20) + (119u << 23);
+    return float_from_bits(is_number & ((is_subnormal & subnormal_bits) | (~is_subnormal & normal)));
   }
 
-  QG_HD static AffinePair affine(const Weight& w, int64_t tile_row, int g, int64_t step) {
-    const auto s = load_pair<uint8_t>(w.planes[1], group_index(w, tile_row, g, step, kGroup, kKBlock));
+  template <class Reader>
+  QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t) {
+    const auto s = w.template pair<uint8_t>(1, index);
     return {{{scale(s.v[0]), kZero, 0.0f}, {scale(s.v[1]), kZero, 0.0f}}};
   }
 };

@@ -14,7 +14,10 @@ struct Q8_0 : Legacy<8, 0, 128> {
   static constexpr const char* kName = "q8_0";
   static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 8), group_plane("scales", 16, 32)};
 
-  QG_HD static uint32_t levels(uint32_t codes) { return codes ^ 0x80808080u; }
+  template <class T>
+  QG_HD static T levels(T codes) {
+    return codes ^ 0x80808080u;
+  }
 };
 
 }  // namespace jax_qgemm

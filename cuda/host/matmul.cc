@@ -1,88 +1,149 @@
 #include "host/matmul.h"
 
-#include <cmath>
-#include <cstring>
-#include <vector>
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
 
-#include "formats/formats.cuh"
-#include "formats/tile_codes.cuh"
+#include "host/kernels.h"
 
 namespace jax_qgemm::host {
 namespace {
 
-uint16_t f32_to_bf16(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  if (f != f) return static_cast<uint16_t>(u >> 16 | 0x40);
-  return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+const KernelSet* find_kernels(std::string_view name) {
+#ifdef JAX_QGEMM_HOST_AVX512
+  if (name.empty() || name == "avx512") {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      return &kAVX512Kernels;
+    }
+  }
+#endif
+#ifdef JAX_QGEMM_HOST_AVX2
+  if (name.empty() || name == "avx2") {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      return &kAVX2Kernels;
+    }
+  }
+#endif
+  return name.empty() || name == "generic" ? &kGenericKernels : nullptr;
 }
 
-uint16_t f32_to_f16(float f) {
-  const _Float16 h = static_cast<_Float16>(f);
-  uint16_t u;
-  memcpy(&u, &h, 2);
-  return u;
+std::atomic<const KernelSet*>& current_kernels() {
+  static std::atomic<const KernelSet*> kernels{find_kernels("")};
+  return kernels;
 }
 
-float load(const void* p, Scalar type, int64_t i) {
-  if (type == Scalar::kF32) return static_cast<const float*>(p)[i];
-  const uint16_t u = static_cast<const uint16_t*>(p)[i];
-  return type == Scalar::kF16 ? f16_to_f32(u) : bf16_to_f32(u);
+struct AlignedDelete {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<float[], AlignedDelete>;
+
+Scratch allocate(int64_t floats) {
+  return Scratch(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
 }
 
-void store(void* p, Scalar type, int64_t i, float v) {
-  if (type == Scalar::kF32) static_cast<float*>(p)[i] = v;
-  else static_cast<uint16_t*>(p)[i] = type == Scalar::kF16 ? f32_to_f16(v) : f32_to_bf16(v);
+// Costs on one core of a recent CPU: only the sizes of chunks depend on them.
+constexpr double kDecodeSeconds = 1.5e-10;    // a weight
+constexpr double kMultiplySeconds = 1.5e-11;  // a weight and a row of x
+constexpr double kPermuteSeconds = 1e-9;      // an element of x
+constexpr double kChunkSeconds = 50e-6;       // worth handing to another thread
+constexpr int64_t kPermutedBytes = 8 << 20;   // of x, at a time
+
+// Runs body over [0, count) in ranges of a good size, on threads if that pays.
+template <class Body>
+void parallel_ranges(const ParallelFor& parallel_for, int64_t width, int64_t count, double seconds_each, Body&& body) {
+  const double wanted = seconds_each * static_cast<double>(count) / kChunkSeconds;
+  const int64_t ranges = std::min({count, width * 8, static_cast<int64_t>(wanted)});
+  if (width < 2 || ranges < 2) return body(0, count);
+  parallel_for(ranges, [&](int64_t i) { body(count * i / ranges, count * (i + 1) / ranges); });
 }
 
-template <class F>
-void decode_row(const Weight& w, int64_t tile_row, int row, int64_t k, float* out) {
-  const int64_t k_tiles = w.k_blocks * k_block_of<F>(w) / kTileK;
-  const int g = row % 8, h = row / 8;
-  for (int64_t step = 0; step * 16 < k; ++step) {
-    const Affine affine = F::affine(w, tile_row, g, step).row[h];
-    for (int t = 0; t < 4; ++t) {
-      const int64_t tile = tile_row * k_tiles + step / 4;
-      const uint32_t levels = F::levels(run_codes<F>(w, tile, 4 * g + t, 2 * static_cast<int>(step % 4) + h));
-      for (int e = 0; e < 4; ++e) {
-        const int64_t column = step * 16 + 2 * t + (e >> 1) + 8 * (e & 1);
-        if (column < k) out[column] = value_of<F>(affine, static_cast<int>(levels >> (8 * e) & 255));
+// The part of a product whose rows of x are permuted together: `tokens` rows of each of `weights` weights.
+struct Pass {
+  int64_t first_weight, weights, first_token, tokens;
+};
+
+class Driver {
+ public:
+  Driver(const Product& p, const KernelSet& kernels, const FormatKernels& format, const ParallelFor& parallel_for,
+         int64_t width)
+      : p_(p), kernels_(kernels), parallel_for_(parallel_for), width_(width) {
+    kernel_ = p.transpose ? format.transpose : format.forward;
+    const int64_t k_padded = format.k_block(p.w) * p.w.k_blocks;
+    stride_ = p.transpose ? round_up(p.n, kSpanRows) : k_padded;
+    // Forward, a unit of work is a tile row; transposed, a k-block.
+    units_ = p.transpose ? p.w.k_blocks : p.tile_rows();
+    unit_tiles_ = p.transpose ? format.k_block(p.w) / kTileK : 1;
+    weights_per_unit_ = static_cast<double>(p.transpose ? stride_ * format.k_block(p.w) : kTileN * k_padded);
+  }
+
+  void run() {
+    const int64_t rows = std::max<int64_t>(1, kPermutedBytes / std::max<int64_t>(1, stride_ * 4));
+    const int64_t tokens = std::min(p_.m, rows), weights = std::max<int64_t>(1, rows / p_.m);
+    x_ = allocate(std::min(p_.batch, weights) * tokens * stride_);
+    for (int64_t b = 0; b < p_.batch; b += weights) {
+      for (int64_t t = 0; t < p_.m; t += tokens) {
+        run_pass({b, std::min(weights, p_.batch - b), t, std::min(tokens, p_.m - t)});
       }
     }
   }
-}
 
-template <class F>
-void run(const Product& p, const ParallelFor& parallel_for) {
-  const int64_t contraction = p.transpose ? p.n : p.k, width = p.transpose ? p.k : p.n;
-  parallel_for(p.batch * (p.transpose ? 1 : p.tile_rows()), [&](int64_t i) {
-    const int64_t batch = p.transpose ? i : i / p.tile_rows();
-    std::vector<float> row(p.k);
-    std::vector<double> sums(p.transpose ? p.m * p.k : 0);
-    for (int64_t n = p.transpose ? 0 : i % p.tile_rows() * 16; n < p.n; ++n) {
-      if (!p.transpose && n == (i % p.tile_rows() + 1) * 16) break;
-      decode_row<F>(p.w, batch * p.tile_rows() + n / 16, static_cast<int>(n % 16), p.k, row.data());
-      for (int64_t m = 0; m < p.m; ++m) {
-        const int64_t token = (batch * p.m + m);
-        if (p.transpose) {
-          const double g = load(p.x, p.x_type, token * contraction + n);
-          for (int64_t k = 0; k < p.k; ++k) sums[m * p.k + k] += g * row[k];
-        } else {
-          double sum = 0;
-          for (int64_t k = 0; k < p.k; ++k) sum += static_cast<double>(load(p.x, p.x_type, token * contraction + k)) * row[k];
-          store(p.out, p.out_type, token * width + n, static_cast<float>(sum));
-        }
+ private:
+  void run_pass(const Pass& pass) const {
+    const auto prepare = p_.transpose ? kernels_.widen : kernels_.permute;
+    parallel_ranges(parallel_for_, width_, pass.weights * pass.tokens, kPermuteSeconds * static_cast<double>(stride_),
+                    [&](int64_t first, int64_t last) {
+                      for (int64_t i = first; i < last; ++i) {
+                        const int64_t weight = pass.first_weight + i / pass.tokens;
+                        prepare(p_, weight * p_.m + pass.first_token + i % pass.tokens, &x_[i * stride_], stride_);
+                      }
+                    });
+    const int64_t tokens = std::min<int64_t>(pass.tokens, kMaxTokens);
+    const int64_t groups = (pass.tokens + tokens - 1) / tokens;  // of tokens
+    const double seconds = weights_per_unit_ * (kDecodeSeconds + kMultiplySeconds * static_cast<double>(tokens));
+    parallel_ranges(parallel_for_, width_, pass.weights * groups * units_, seconds, [&](int64_t first, int64_t last) {
+      const Scratch scratch = allocate(scratch_floats(tokens));
+      while (first < last) {
+        const int64_t outer = first / units_, unit = first % units_;
+        const int64_t end = std::min(units_, unit + last - first);
+        const int64_t token = outer % groups * tokens, weight = outer / groups;
+        kernel_(p_, {pass.first_weight + weight,
+                     pass.first_token + token,
+                     std::min(tokens, pass.tokens - token),
+                     &x_[(weight * pass.tokens + token) * stride_],
+                     stride_,
+                     unit * unit_tiles_,
+                     end * unit_tiles_,
+                     scratch.get()});
+        first += end - unit;
       }
-    }
-    for (size_t j = 0; j < sums.size(); ++j) store(p.out, p.out_type, batch * p.m * p.k + j, static_cast<float>(sums[j]));
-  });
-}
+    });
+  }
+
+  const Product& p_;
+  const KernelSet& kernels_;
+  const ParallelFor& parallel_for_;
+  const int64_t width_;
+  void (*kernel_)(const Product&, const Chunk&);
+  int64_t stride_, units_, unit_tiles_;
+  double weights_per_unit_;
+  Scratch x_;
+};
 
 }  // namespace
 
 void matmul(const Product& p, const ParallelFor& parallel_for, int64_t width) {
-  (void)width;
-  with_format(p.format, [&](auto f) { run<decltype(f)>(p, parallel_for); });
+  const KernelSet& kernels = *current_kernels().load(std::memory_order_relaxed);
+  for (const FormatKernels& format : kernels.formats) {
+    if (format.name && p.format == format.name) return Driver(p, kernels, format, parallel_for, width).run();
+  }
+}
+
+bool set_instruction_set(std::string_view name) {
+  const KernelSet* kernels = find_kernels(name);
+  if (kernels) current_kernels().store(kernels, std::memory_order_relaxed);
+  return kernels != nullptr;
 }
 
 }  // namespace jax_qgemm::host

@@ -14,60 +14,39 @@
 #include "tile/lane_codes.cuh"
 #include "tile/mma.cuh"
 #include "tile/scalar.cuh"
+#include "tile/stage_x.cuh"
 
 namespace jax_qgemm {
 
-// kTokenTiles tiles of 8 rows of x a CTA, kWarpsN row tiles, kWarpsK tiles of k a stage.
-struct GemvShape {
-  static constexpr int kTokenTiles = 1, kWarpsN = 1, kWarpsK = 8;
-};
-
-struct GemmShape {
-  static constexpr int kTokenTiles = 4, kWarpsN = 4, kWarpsK = 2;
-};
-
-template <class Shape>
 struct GemmSm80 {
-  static constexpr int kTokens = 8 * Shape::kTokenTiles;
-  static constexpr int kThreads = 32 * Shape::kWarpsN * Shape::kWarpsK;
-  static constexpr int kStageK = kTileK * Shape::kWarpsK;
+  static constexpr int kTokenTiles = 4;  // of 8 rows of x, a CTA
+  static constexpr int kWarpsN = 4;      // row tiles a CTA
+  static constexpr int kWarpsK = 2;      // tiles of k a stage
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
+  static constexpr int kStageK = kTileK * kWarpsK;
   static constexpr int kRowStride = kStageK + 8;  // 16 bytes of padding keep ldmatrix free of bank conflicts
   static constexpr int kMaxTerms = 3;
-  static constexpr int kPartials = Shape::kTokenTiles * 128;  // float32 sums of a warp
+  static constexpr int kPartials = kTokenTiles * 128;  // float32 sums of a warp
 
   union Shared {
     uint16_t x[kMaxTerms][kTokens][kRowStride];
-    float partial[Shape::kWarpsK][Shape::kWarpsN][kPartials];
+    float partial[kWarpsK][kWarpsN][kPartials];
   };
 };
 
-// Writes term `terms` of value into the stage's planes: f16 as it is, bf16 as one, two or three bf16 terms.
-template <class T, class Stage>
-__device__ __forceinline__ void stage_scalar(Stage& stage, int token, int column, float value, int terms) {
-  if constexpr (!T::kIsBF16) {
-    stage[0][token][column] = __half_as_ushort(__float2half_rn(value));
-  } else {
-    for (int term = 0; term < terms; ++term) {
-      // Toward zero, so that no finite value becomes infinite; an infinite or NaN value has no remainder.
-      const __nv_bfloat16 part = __float2bfloat16_rz(value);
-      stage[term][token][column] = __bfloat16_as_ushort(part);
-      value = isfinite(value) ? value - __bfloat162float(part) : 0.0f;
-    }
-  }
-}
-
-template <class F, class T, class Shape>
-__global__ void __launch_bounds__(GemmSm80<Shape>::kThreads) gemm_sm80(const Product p, int row_groups, int terms) {
-  using S = GemmSm80<Shape>;
-  constexpr int kTokenTiles = Shape::kTokenTiles;
-  __shared__ __align__(16) typename S::Shared shared;
+template <class F, class T>
+__global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p, int row_groups, int terms) {
+  using S = GemmSm80;
+  constexpr int kTokenTiles = S::kTokenTiles;
+  __shared__ __align__(16) S::Shared shared;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-  const int warp_n = warp % Shape::kWarpsN, warp_k = warp / Shape::kWarpsN;
+  const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
   const int64_t token0 = blockIdx.x / row_groups * static_cast<int64_t>(S::kTokens);
   const int tokens = static_cast<int>(p.m - token0 < S::kTokens ? p.m - token0 : S::kTokens);
   const int64_t tile_rows = p.tile_rows();
-  const int64_t row_tile = blockIdx.x % row_groups * static_cast<int64_t>(Shape::kWarpsN) + warp_n;
+  const int64_t row_tile = blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + warp_n;
   const bool has_rows = row_tile < tile_rows;
   const int64_t k_tiles = (p.k + kTileK - 1) / kTileK;                      // that x reaches
   const int64_t stored_k_tiles = p.w.k_blocks * (k_block_of<F>(p.w) / kTileK);  // that the planes hold
@@ -81,20 +60,20 @@ __global__ void __launch_bounds__(GemmSm80<Shape>::kThreads) gemm_sm80(const Pro
 
     LaneCodes<F> codes;
     if (warp_k < k_tiles) codes.load(p.w, weight_row * stored_k_tiles + warp_k, lane);
-    for (int64_t stage_tile = 0; stage_tile < k_tiles; stage_tile += Shape::kWarpsK) {
+    for (int64_t stage_tile = 0; stage_tile < k_tiles; stage_tile += S::kWarpsK) {
       // Rows of the stage beyond `tokens` stay unwritten: they reach only sums that are never stored.
       for (int i = threadIdx.x; i < tokens * S::kStageK; i += S::kThreads) {
         const int token = i / S::kStageK, column = i % S::kStageK;
         const int64_t k = stage_tile * kTileK + column;
         const float value = k < p.k ? load_scalar(p.x, x_base + token * p.k + k, p.x_type) : 0.0f;
-        stage_scalar<T>(shared.x, token, column, value, terms);
+        stage_scalar<T>(&shared.x[0][token][column], S::kTokens * S::kRowStride, value, terms);
       }
       __syncthreads();
 
       const int64_t tile = stage_tile + warp_k;
       LaneCodes<F> next = codes;
-      if (tile + Shape::kWarpsK < k_tiles) {
-        next.load(p.w, weight_row * stored_k_tiles + tile + Shape::kWarpsK, lane);
+      if (tile + S::kWarpsK < k_tiles) {
+        next.load(p.w, weight_row * stored_k_tiles + tile + S::kWarpsK, lane);
       }
       if (tile < k_tiles) {
         AffinePair affine;
@@ -117,16 +96,14 @@ __global__ void __launch_bounds__(GemmSm80<Shape>::kThreads) gemm_sm80(const Pro
 #pragma unroll
             for (int i = 0; i < kTokenTiles; i += 2) {
               // One ldmatrix gives the two halves of this k-step for two token tiles.
-              const int matrix = lane / 8, tile_of_matrix = kTokenTiles == 1 ? 0 : i + matrix / 2;
+              const int matrix = lane / 8, tile_of_matrix = i + matrix / 2;
               uint32_t b[4];
-              load_matrices(b, &shared.x[term][tile_of_matrix * 8 + lane % 8]
+              ptx::ldmatrix_x4(b, &shared.x[term][tile_of_matrix * 8 + lane % 8]
                                         [warp_k * kTileK + step * 16 + matrix % 2 * 8]);
               mma<T>(group_sums[i], a, b[0], b[1]);
               if constexpr (F::kHasMinimum) mma<T>(x_sums[i], ones, b[0], b[1]);
-              if constexpr (kTokenTiles > 1) {
-                mma<T>(group_sums[i + 1], a, b[2], b[3]);
-                if constexpr (F::kHasMinimum) mma<T>(x_sums[i + 1], ones, b[2], b[3]);
-              }
+              mma<T>(group_sums[i + 1], a, b[2], b[3]);
+              if constexpr (F::kHasMinimum) mma<T>(x_sums[i + 1], ones, b[2], b[3]);
             }
           }
           if ((step + 1) % group_steps == 0) {
@@ -152,14 +129,14 @@ __global__ void __launch_bounds__(GemmSm80<Shape>::kThreads) gemm_sm80(const Pro
       for (int j = 0; j < 4; ++j) shared.partial[warp_k][warp_n][(i * 32 + lane) * 4 + j] = sums[i][j];
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < Shape::kWarpsN * S::kPartials; e += S::kThreads) {
+    for (int e = threadIdx.x; e < S::kWarpsN * S::kPartials; e += S::kThreads) {
       // Rows of n fastest, so that neighbouring threads write neighbouring elements.
       const int row = e % kTileN, token = e / kTileN % S::kTokens, tile_n = e / kTileN / S::kTokens;
       const int source = ((token / 8 * 32) + (row % 8) * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < Shape::kWarpsK; ++i) sum += shared.partial[i][tile_n][source];
-      const int64_t n = (blockIdx.x % row_groups * static_cast<int64_t>(Shape::kWarpsN) + tile_n) * kTileN + row;
+      for (int i = 0; i < S::kWarpsK; ++i) sum += shared.partial[i][tile_n][source];
+      const int64_t n = (blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + tile_n) * kTileN + row;
       if (n < p.n && token < tokens) {
         store_scalar(p.out, (batch * p.m + token0 + token) * p.n + n, p.out_type, sum);
       }

@@ -4,9 +4,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
+#include <type_traits>
 
 #include "kernels/gemm_sm80.cuh"
 #include "kernels/gemm_transposed.cuh"
+#include "kernels/gemv.cuh"
 #include "kernels/product.h"
 
 namespace jax_qgemm {
@@ -15,38 +18,113 @@ constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class Kernel, class... Args>
-const char* launch(Kernel kernel, int64_t blocks, int64_t batch, int threads, cudaStream_t stream, Args... args) {
+template <class... Args>
+const char* launch(void (*kernel)(Args...), int64_t blocks, int64_t batch, int threads, int shared_bytes,
+                   cudaStream_t stream, std::type_identity_t<Args>... args) {
   if (blocks > kMaxGridX) return "the product needs more thread blocks than a grid has";
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(batch, kMaxGridY)));
-  kernel<<<grid, threads, 0, stream>>>(args...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min(batch, kMaxGridY)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <class F, class T, class Shape>
+template <class F, class T>
 const char* launch_gemm_sm80(const Product& p, int terms, cudaStream_t stream) {
-  using S = GemmSm80<Shape>;
-  const int64_t row_groups = divide_up(p.tile_rows(), Shape::kWarpsN);
-  return launch(gemm_sm80<F, T, Shape>, row_groups * divide_up(p.m, S::kTokens), p.batch, S::kThreads, stream, p,
-                static_cast<int>(row_groups), terms);
+  const int64_t row_groups = divide_up(p.tile_rows(), GemmSm80::kWarpsN);
+  return launch(gemm_sm80<F, T>, row_groups * divide_up(p.m, GemmSm80::kTokens), p.batch, GemmSm80::kThreads, 0, stream,
+                p, static_cast<int>(row_groups), terms);
+}
+
+// Of the GPU that the stream belongs to.
+struct DeviceLimits {
+  int device, multiprocessors, shared_bytes;
+};
+
+inline cudaError_t device_limits(DeviceLimits* limits) {
+  cudaError_t error = cudaGetDevice(&limits->device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, limits->device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, limits->device);
+  }
+  return error;
+}
+
+// The split of a CTA's warps: enough slices of k to keep loads in flight, and as many row tiles as fill the
+// multiprocessors best, the larger number where two are equal (fewer copies of x).
+inline GemvConfig choose_gemv(int64_t tile_rows, int stages, int terms, int max_warps, int multiprocessors) {
+  GemvConfig best = {};
+  int64_t best_time = 0;
+  const int slices = std::min(stages, 8);
+  for (int row_tiles = 1; row_tiles <= max_warps / 8; ++row_tiles) {
+    const int64_t row_blocks = divide_up(tile_rows, row_tiles);
+    const int64_t time = divide_up(row_blocks, multiprocessors) * row_tiles;
+    if (row_tiles == 1 || time <= best_time) {
+      best = {row_tiles, slices, static_cast<int>(row_blocks), terms};
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+// Integer groups of 16 and float32 scales take more registers than gemv gives them.
+template <class F>
+bool gemv_serves(const Weight& w) {
+  return F::kGroup != 0 || ((w.group == 0 || w.group >= 32) && w.scale_type != ScaleType::kF32);
+}
+
+// False in *served where gemv does not serve the product: x does not fit into shared memory.
+template <class F, class T>
+const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* served) {
+  DeviceLimits limits;
+  if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t stages = divide_up(p.k, kStageOf<F>);
+  *served = false;
+  if (p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes) return nullptr;
+  const GemvConfig config = choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits.multiprocessors);
+  const GemvShared shared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>,
+                          F::kHasMinimum ? F::kGroup : 1, F::kHasMinimum, config);
+  if (shared.total() > limits.shared_bytes) return nullptr;
+  *served = true;
+  if (shared.total() > 48 << 10) {
+    // Once a device and kernel; threads that race set the same value.
+    static std::atomic<uint64_t> raised{0};
+    const uint64_t bit = uint64_t{1} << (limits.device % 64);
+    if (!(raised.load(std::memory_order_relaxed) & bit)) {
+      const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(gemv<F, T>),
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
+      if (error != cudaSuccess) return cudaGetErrorString(error);
+      raised.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  return launch(gemv<F, T>, std::min<int64_t>(config.row_blocks, limits.multiprocessors), p.batch, config.threads(),
+                shared.total(), stream, p, config);
+}
+
+template <class F, class T>
+const char* launch_forward(const Product& p, int terms, cudaStream_t stream) {
+  if (p.kernel != "gemm_sm80" && p.m <= kGemvTokens && gemv_serves<F>(p.w)) {
+    bool served;
+    const char* problem = launch_gemv<F, T>(p, terms, stream, &served);
+    if (served || problem) return problem;
+  }
+  if (p.kernel == "gemv") return "kernel gemv does not serve this product: the rows of x don't fit into shared memory";
+  return launch_gemm_sm80<F, T>(p, terms, stream);
 }
 
 template <class F>
 const char* launch_format(const Product& p, cudaStream_t stream) {
   if (p.transpose) {
     const int64_t k_tiles = divide_up(p.k, kTileK);
-    return launch(gemm_transposed<F>, k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads, stream,
+    return launch(gemm_transposed<F>, k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads, 0, stream,
                   p, static_cast<int>(k_tiles));
   }
-  const bool few_rows = p.m <= 8;
-  if (p.x_type == Scalar::kF16) {
-    return few_rows ? launch_gemm_sm80<F, MmaF16, GemvShape>(p, 1, stream)
-                    : launch_gemm_sm80<F, MmaF16, GemmShape>(p, 1, stream);
-  }
-  const int terms = p.x_type == Scalar::kBF16 ? 1 : p.highest ? 3 : 2;
-  return few_rows ? launch_gemm_sm80<F, MmaBF16, GemvShape>(p, terms, stream)
-                  : launch_gemm_sm80<F, MmaBF16, GemmShape>(p, terms, stream);
+  if (p.x_type == Scalar::kF16) return launch_forward<F, MmaF16>(p, 1, stream);
+  return launch_forward<F, MmaBF16>(p, p.x_type == Scalar::kBF16 ? 1 : p.highest ? 3 : 2, stream);
 }
 
 }  // namespace jax_qgemm

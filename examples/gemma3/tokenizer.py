@@ -34,7 +34,7 @@ class Tokenizer:
       token_types: llama.cpp token type of each token (1 normal, 2 unknown, 3 control, 4 user-defined,
         5 unused, 6 byte).
       bos_id, eos_id: ids that begin and end a text; None where the model has none.
-      add_bos, add_eos: whether `encode` adds them.
+      add_bos, add_eos: whether `encode` adds them, as `begin_ids` and `end_ids`.
       add_space_prefix: whether a space is put before the text and after each special token.
 
     Raises:
@@ -61,9 +61,9 @@ class Tokenizer:
             )
         self.tokens, self.scores, self.token_types = list(tokens), list(scores), list(token_types)
         self.ids = {text: i for i, text in enumerate(self.tokens)}
-        self.bos_id, self.eos_id = bos_id, eos_id
-        self.add_bos = add_bos and bos_id is not None
-        self.add_eos = add_eos and eos_id is not None
+        self.eos_id = eos_id
+        self.begin_ids = [bos_id] if add_bos and bos_id is not None else []
+        self.end_ids = [eos_id] if add_eos and eos_id is not None else []
         self.add_space_prefix = add_space_prefix
         self._byte_ids = [self._byte_id(b) for b in range(256)]
         self._bytes = {i: bytes([b]) for b, i in enumerate(self._byte_ids) if self.token_types[i] == _BYTE}
@@ -124,7 +124,7 @@ class Tokenizer:
         Raises:
           UnicodeEncodeError: the text holds a lone surrogate that stands for no byte.
         """
-        ids = [self.bos_id] if add_special and self.add_bos else []
+        ids = [*self.begin_ids] if add_special else []
         after_special = True
         for part in self._split_special(text, parse_special):
             if isinstance(part, int):
@@ -134,9 +134,7 @@ class Tokenizer:
                 prefix = _SPACE if self.add_space_prefix and after_special else ""
                 ids.extend(self._merge(prefix + part.replace(" ", _SPACE)))
                 after_special = False
-        if add_special and self.add_eos:
-            ids.append(self.eos_id)
-        return ids
+        return ids + self.end_ids if add_special else ids
 
     def _split_special(self, text: str, parse_special: bool) -> Iterator[str | int]:
         """Yields stretches of plain text and ids of special tokens, in order."""

@@ -18,7 +18,7 @@ def as_u16(pair: jax.Array) -> jax.Array:
 
 
 def split_fields(packed: jax.Array, bits: int) -> jax.Array:
-    """uint8 (..., width) -> (..., width * 8 / bits): the lowest `bits` bits of every byte, then the next, and so on."""
+    """uint8 (..., width) -> (..., width * 8 / bits): the lowest `bits` of every byte, then the next."""
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
     fields = (packed[..., None, :] >> shifts) & ((1 << bits) - 1)
     return fields.reshape(*packed.shape[:-1], packed.shape[-1] * 8 // bits)
@@ -32,7 +32,7 @@ def join_fields(fields: jax.Array, bits: int) -> jax.Array:
 
 
 def split_sequence(packed: jax.Array, bits: int) -> jax.Array:
-    """uint8 (..., width) -> (..., width * 8 / bits): all fields of byte 0 from the lowest on, then those of byte 1."""
+    """uint8 (..., width) -> (..., width * 8 / bits): the fields of byte 0 from the lowest, then of byte 1."""
     return flat(split_fields(packed[..., None], bits))
 
 

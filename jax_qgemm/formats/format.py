@@ -39,6 +39,13 @@ class GroupPlane:
 Plane = CodePlane | GroupPlane
 
 
+def columns(plane: Plane, k: int) -> int:
+    """How many values of a plane a row of k elements has."""
+    if isinstance(plane, CodePlane):
+        return k
+    return k // plane.group if plane.group else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Format(abc.ABC):
     """An exact encoding of weights, each element being
@@ -114,8 +121,7 @@ class Format(abc.ABC):
         value = qvalue.astype(jnp.float32) * scale[..., None]
         minimum = self.minimum(fields)
         if minimum is not None:
-            # XLA would contract the product and the sum into one fma, which rounds once instead of twice.
-            value = lax.optimization_barrier(value) + minimum[..., None]
+            value = uncontracted(value) + minimum[..., None]
         return value.reshape(codes.shape)
 
     def to_planes(self, fields: Fields) -> tuple[jax.Array, ...]:
@@ -125,12 +131,8 @@ class Format(abc.ABC):
         n_padded, k_padded = layout.round_up(n, layout.TILE_N), layout.round_up(k, self.k_block)
         planes = []
         for plane in self.planes:
-            values = fields["codes"] if isinstance(plane, CodePlane) else fields[plane.name]
-            if isinstance(plane, CodePlane):
-                columns = k_padded
-            else:
-                columns = k_padded // plane.group if plane.group else 1
-            pad = [(0, 0)] * (values.ndim - 2) + [(0, n_padded - n), (0, columns - values.shape[-1])]
+            values = codes if isinstance(plane, CodePlane) else fields[plane.name]
+            pad = [(0, 0)] * (values.ndim - 2) + [(0, n_padded - n), (0, columns(plane, k_padded) - values.shape[-1])]
             values = jnp.pad(values, pad)
             if isinstance(plane, CodePlane):
                 planes.append(layout.pack_codes(values, plane.bits, plane.shift, self.k_block))
@@ -146,8 +148,7 @@ class Format(abc.ABC):
                 part = layout.unpack_codes(array, plane.bits, plane.shift, self.k_block)[..., :n, :k]
                 fields["codes"] = fields["codes"] | part if "codes" in fields else part
             else:
-                columns = k // plane.group if plane.group else 1
-                fields[plane.name] = layout.unpack_groups(array)[..., :n, :columns]
+                fields[plane.name] = layout.unpack_groups(array)[..., :n, : columns(plane, k)]
         return fields
 
     def take_rows(self, planes: tuple[jax.Array, ...], rows: jax.Array, k: int) -> dict[str, jax.Array]:
@@ -158,8 +159,7 @@ class Format(abc.ABC):
                 part = layout.take_row_codes(array, rows, plane.bits, plane.shift, self.k_block)[..., :k]
                 fields["codes"] = fields["codes"] | part if "codes" in fields else part
             else:
-                columns = k // plane.group if plane.group else 1
-                fields[plane.name] = layout.take_row_groups(array, rows)[..., :columns]
+                fields[plane.name] = layout.take_row_groups(array, rows)[..., : columns(plane, k)]
         return fields
 
     def plane_shape(self, plane: Plane, n: int, k: int) -> tuple[int, int, int]:
@@ -209,10 +209,16 @@ def f32_to_f16(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.bitcast_convert_type(half, jnp.uint16), overflow
 
 
-def exact_divide(value: jax.Array, divisor: float) -> jax.Array:
-    """value / divisor with one rounding. XLA turns a division by a constant into a product with its reciprocal; a
-    divisor that depends on data it must divide by."""
-    return value / jnp.where(value == value, jnp.float32(divisor), jnp.float32(1.0))
+def uncontracted(product: jax.Array) -> jax.Array:
+    """`product`, kept apart from a sum that follows. XLA would contract the two into one fma, which rounds once
+    instead of twice; on the CPU an optimization_barrier does not stop it (jax 0.10.2), a select does."""
+    return jnp.where(product == product, product, jnp.nan)
+
+
+def exact_divide(value: jax.Array, divisor: jax.Array | float) -> jax.Array:
+    """value / divisor with one rounding. XLA turns a division by a constant, or by a broadcast array, into a
+    product with the reciprocal; by a divisor that depends on the element it must divide."""
+    return value / jnp.where(value == value, jnp.asarray(divisor, jnp.float32), 1.0)
 
 
 def safe_reciprocal(d: jax.Array) -> jax.Array:

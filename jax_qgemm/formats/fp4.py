@@ -1,12 +1,13 @@
 """4-bit floats (e2m1) with 8-bit float scales: mxfp4 and nvfp4.
 
-Block layouts are those of ggml-common.h (block_mxfp4, block_nvfp4). qvalues are twice the e2m1 value, so that they are
-integers, and the scales are half of what the OCP and NVIDIA specifications call the scale.
+Block layouts are those of ggml-common.h (block_mxfp4, block_nvfp4). qvalues are twice the e2m1 value, so that
+they are integers, and the scales are half of what the OCP and NVIDIA specifications call the scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -20,7 +21,7 @@ from jax_qgemm.formats.format import CodePlane, Fields, GGUFFormat, GroupPlane, 
 MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # codes 0-7; code 8 is 0 again, 9-15 are the negatives of 1-7
 TABLE = (*MAGNITUDES, *(-m for m in MAGNITUDES))
 _LEVELS = search.Table(tuple(sorted({*TABLE})))
-_MIDPOINTS_X2 = tuple(a + b for a, b in zip(MAGNITUDES, MAGNITUDES[1:], strict=False))
+_MIDPOINTS_X2 = tuple(a + b for a, b in itertools.pairwise(MAGNITUDES))
 
 
 def _power_of_two_multiple(integer: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -37,7 +38,7 @@ def _power_of_two_multiple(integer: jax.Array, exponent: jax.Array) -> jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4(GGUFFormat):
-    """2**(scale - 128) * table[code], in blocks of 32; the scale is an e8m0 (OCP Microscaling Formats 1.0)."""
+    """2**(scale - 128) * table[code], in blocks of 32, scale being an e8m0 (OCP Microscaling 1.0)."""
 
     def qvalue(self, codes: jax.Array) -> jax.Array:
         return jnp.asarray(TABLE, jnp.int32)[codes]
@@ -58,8 +59,10 @@ class MXFP4(GGUFFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         """gguf-py's choice of scale and code, to the byte.
 
-        Its scale is floor(log2(max|x|)) + 125, in a float32 that rounds up to n just below 2**n, and wraps around modulo
-        256 where max|x| is below 2**-125 (such blocks then decode to zero). Ties go to the smaller magnitude.
+        Its scale is floor(log2(max|x|)) + 125, in a float32 that rounds up to n just below 2**n, and wraps
+        around modulo 256 where max|x| is below 2**-125 (such blocks then decode to zero). Ties go to the
+        smaller magnitude. Only where that float32 rounds up to 128 (max|x| > 3.40281e38) do we differ:
+        gguf-py's block would decode to infinity.
         """
         blocks = in_blocks(w, self.block)
         bits = lax.bitcast_convert_type(blocks, jnp.int32)
@@ -73,7 +76,7 @@ class MXFP4(GGUFFormat):
         # log2(top) to first order below 2**ceiling: exact enough where the float32 could round up.
         missing = ((1 << 24) - significand).astype(jnp.float32)
         log2 = ceiling.astype(jnp.float32) - missing * jnp.float32(2**-24 / math.log(2))
-        scale = jnp.where(top == 0, 0, (jnp.floor(log2).astype(jnp.int32) + 125) & 255)
+        scale = jnp.where(top == 0, 0, (jnp.minimum(jnp.floor(log2).astype(jnp.int32), 127) + 125) & 255)
         code = jnp.zeros_like(magnitude)
         for middle in _MIDPOINTS_X2:
             threshold = _power_of_two_multiple(jnp.int32(middle), scale - 129)
@@ -93,8 +96,8 @@ _OVERFLOW = 464 * 6.0  # 464 is halfway between the largest e4m3 and what would 
 
 
 def ue4m3_half(bits: jax.Array) -> jax.Array:
-    """float32 half of the unsigned e4m3 in integer bits 0-255. As ggml has it, 0x7F (NaN) is zero and the upper bit counts only
-    in that comparison."""
+    """float32 half of the unsigned e4m3 in integers 0-255. As gguf-py has it, 0x7F (NaN) is zero and the
+    upper bit counts only in that comparison."""
     exponent, mantissa = (bits.astype(jnp.int32) >> 3) & 15, bits.astype(jnp.int32) & 7
     normal = lax.bitcast_convert_type(((exponent + 119) << 23) | (mantissa << 20), jnp.float32)
     value = jnp.where(exponent == 0, mantissa.astype(jnp.float32) * jnp.float32(2**-10), normal)
@@ -109,8 +112,10 @@ def _ue4m3_half_below(value: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class NVFP4(GGUFFormat):
-    """scale * table[code], in blocks of 64 with four ue4m3 scales. A global scale, where a checkpoint has one, is the
-    QTensor's."""
+    """scale * table[code], in blocks of 64 with four ue4m3 scales.
+
+    Where a checkpoint has a global scale, it is the QTensor's.
+    """
 
     def qvalue(self, codes: jax.Array) -> jax.Array:
         return jnp.asarray(TABLE, jnp.int32)[codes]
@@ -121,7 +126,7 @@ class NVFP4(GGUFFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         def fit(x: jax.Array) -> tuple[search.Fit, jax.Array]:
             top = jnp.max(jnp.abs(x))
-            # Larger values reach the largest level of the largest scale in any case; their squares must stay finite.
+            # Larger values get the largest level of the largest scale in any case; squares must stay finite.
             x = jnp.clip(x, -_OVERFLOW, _OVERFLOW)
             start = _ue4m3_half_below(jnp.minimum(top, _OVERFLOW) / MAGNITUDES[-1])
 
@@ -134,19 +139,18 @@ class NVFP4(GGUFFormat):
             (code,) = search.best(candidate, range(-3, 7), (start,))
             index = _LEVELS.code(_LEVELS.nearest(x * safe_reciprocal(ue4m3_half(code)))).astype(jnp.int32)
             index = jnp.where(index < 7, 15 - index, index - 7)
-            return search.Fit(index.astype(jnp.uint8), code.astype(jnp.uint8)), top >= _OVERFLOW
+            return {"codes": index.astype(jnp.uint8), "scales": code.astype(jnp.uint8)}, top >= _OVERFLOW
 
-        found, overflow = search.map_blocks(fit, w, self.group)
-        return {"codes": found.codes, "scales": found.scales}, overflow
+        return search.map_blocks(fit, w, self.group)
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
-        return {"codes": flat(flat(split_fields(in_blocks(blocks[..., 4:], 8), 4))), "scales": flat(blocks[..., :4])}
+        codes = flat(split_fields(in_blocks(blocks[..., 4:], 8), 4))
+        return {"codes": flat(codes), "scales": flat(blocks[..., :4])}
 
     def to_bytes(self, fields: Fields) -> jax.Array:
         codes = in_blocks(in_blocks(fields["codes"], self.block), self.group)
         scales = in_blocks(fields["scales"], self.block // self.group)
         return jnp.concatenate([scales, flat(join_fields(codes, 4))], axis=-1)
-
 
 
 FORMATS = (

@@ -1,6 +1,7 @@
 """ggml's formats of 32-element blocks with one float16 scale: q4_0, q4_1, q5_0, q5_1 and q8_0.
 
-Block layouts are those of ggml-common.h (block_q4_0 and following); the quantizers are those of gguf-py, to the byte.
+Block layouts are those of ggml-common.h (block_q4_0 and following); the quantizers are those of gguf-py, to
+the byte.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jax_qgemm.formats.format import (
     f16_to_f32,
     f32_to_f16,
     safe_reciprocal,
+    uncontracted,
 )
 
 BLOCK = 32
@@ -70,8 +72,7 @@ class LegacyFormat(GGUFFormat):
             d = jnp.take_along_axis(blocks, index, axis=-1)[..., 0] / -self._zero
             scaled = blocks * safe_reciprocal(d)[..., None]
             rounding = jnp.float32(self._zero + 0.5)
-        # The barrier keeps XLA from contracting product and sum into an fma.
-        rounded = jnp.trunc(lax.optimization_barrier(scaled) + rounding)
+        rounded = jnp.trunc(uncontracted(scaled) + rounding)
         codes = jnp.clip(rounded, 0, top).astype(jnp.uint8).reshape(w.shape)
         scales, overflow = f32_to_f16(d)
         fields = {"codes": codes, "scales": scales}
@@ -126,14 +127,18 @@ class Q8_0(GGUFFormat):
 
 
 def absmax_int8(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 (..., size) codes round(x / d) and float32 (...,) d = max|x| / 127, halves rounded away from zero (C's
-    roundf), as ggml's quantize_row_q8_0_ref does."""
+    """int8 (..., size) codes round(x / d) and float32 (...,) d = max|x| / 127, as ggml's
+    quantize_row_q8_0_ref has them: x is multiplied by the rounded 1 / d."""
     d = exact_divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
-    scaled = lax.optimization_barrier(blocks * safe_reciprocal(d)[..., None])
-    magnitude = jnp.abs(scaled)
+    scaled = uncontracted(blocks * safe_reciprocal(d)[..., None])
+    return jnp.clip(round_away(scaled), -128, 127).astype(jnp.int8), d
+
+
+def round_away(value: jax.Array) -> jax.Array:
+    """Nearest integers, halves away from zero (C's roundf)."""
+    magnitude = jnp.abs(value)
     floor = jnp.floor(magnitude)
-    rounded = jnp.sign(scaled) * (floor + (magnitude - floor >= 0.5))
-    return jnp.clip(rounded, -128, 127).astype(jnp.int8), d
+    return jnp.sign(value) * (floor + (magnitude - floor >= 0.5))
 
 
 def _legacy(name: str, ggml_type: int, bits: int, has_minimum: bool) -> LegacyFormat:

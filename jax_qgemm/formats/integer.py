@@ -78,24 +78,22 @@ class IntFormat(Format):
         *batch, n, k = w.shape
         grouped = w.reshape(*batch, n, -1, self.group or k) if k else w.reshape(*batch, n, 1, 0)
         levels = 1 << self.bits
+        low = jnp.min(grouped, axis=-1, initial=0.0)
         if self.symmetric:
-            top = jnp.max(jnp.abs(grouped), axis=-1, initial=0.0)
-            scale = top / (levels // 2 - 0.5)
+            scale = jnp.max(jnp.abs(grouped), axis=-1, initial=0.0) / (levels // 2 - 0.5)
         else:
-            low = jnp.min(grouped, axis=-1, initial=0.0)
             # Halves first: the difference of two finite float32 values may not be finite.
             scale = (jnp.max(grouped, axis=-1, initial=0.0) * 0.5 - low * 0.5) / ((levels - 1) * 0.5)
         limit = float(jnp.finfo(self.scale_dtype).max)
+        if self.scale_dtype != "float16":
+            limit /= levels // 2 if self.symmetric else levels
         overflow = jnp.any(scale > limit)
         stored = jnp.minimum(scale, limit).astype(self.scale_dtype)
         scale = stored.astype(jnp.float32)
         divisor = jnp.where(scale == 0, 1.0, scale)
-        zero = jnp.zeros_like(grouped[..., 0]) if self.symmetric else jnp.clip(
-            jnp.round(-low / divisor), 0, levels - 1)  # fmt: skip
+        zero = jnp.zeros_like(scale) if self.symmetric else jnp.clip(jnp.round(-low / divisor), 0, levels - 1)
         bottom = -(levels // 2) if self.symmetric else 0
-        qvalue = jnp.clip(
-            jnp.round(grouped / divisor[..., None]) + zero[..., None], bottom, bottom + levels - 1
-        )
+        qvalue = jnp.clip(jnp.round(grouped / divisor[..., None]) + zero[..., None], bottom, bottom + levels - 1)
         offset = self._code_zero if self.symmetric or self.bits < 8 else -128
         codes = (qvalue.astype(jnp.int32) + offset).astype(jnp.uint8).reshape(w.shape)
         width = jnp.uint32 if self.scale_dtype == "float32" else jnp.uint16

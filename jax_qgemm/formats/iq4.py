@@ -41,7 +41,7 @@ class IQ4_NL(GGUFFormat):
 
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_block_scale(w, self.block, _LEVELS)
-        return {"codes": fit.codes, "scales": fit.scales}, overflow
+        return {"codes": fit["codes"], "scales": fit["scales"]}, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
         return {"codes": flat(split_fields(blocks[..., 2:], 4)), "scales": as_u16(blocks[..., :2])}
@@ -64,9 +64,9 @@ class IQ4_XS(GGUFFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_scales(w, self.group, _LEVELS, -32, 31)
         return {
-            "codes": fit.codes,
-            "sub_scales": (fit.sub_scales + 32).astype(jnp.uint8),
-            "scales": fit.scales,
+            "codes": fit["codes"],
+            "sub_scales": (fit["sub_scales"] + 32).astype(jnp.uint8),
+            "scales": fit["scales"],
         }, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """ggml's formats of 256-element super-blocks, whose sub-scales are quantized themselves: q2_k to q6_k.
 
-Block layouts are those of ggml-common.h (block_q2_K and following). q2_k, q4_k and q5_k hold a minimum beside each
-scale, quantized alike and subtracted. gguf-py has no quantizers for these formats; see k_quants_search.py for ours.
+Block layouts are those of ggml-common.h (block_q2_K and following). q2_k, q4_k and q5_k hold a minimum beside
+each scale, quantized alike and subtracted. gguf-py has no quantizers for these formats; see
+k_quants_search.py for ours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BLOCK = 256
 
 
 def sub_scaled(d: jax.Array, sub: jax.Array) -> jax.Array:
-    """d * sub in float32: float16 bits (..., blocks) times integers (..., blocks * g) -> (..., blocks * g)."""
+    """d * sub, float32 (..., blocks * g), of float16 bits (..., blocks) and integers (..., blocks * g)."""
     groups = in_blocks(sub, sub.shape[-1] // d.shape[-1]).astype(jnp.float32)
     return flat(f16_to_f32(d)[..., None] * groups)
 
@@ -55,9 +56,9 @@ class Q3_K(_ScaleFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_scales(w, self.group, search.Uniform(-4, 3), -32, 31)
         return {
-            "codes": fit.codes,
-            "sub_scales": (fit.sub_scales + 32).astype(jnp.uint8),
-            "scales": fit.scales,
+            "codes": fit["codes"],
+            "sub_scales": (fit["sub_scales"] + 32).astype(jnp.uint8),
+            "scales": fit["scales"],
         }, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
@@ -93,9 +94,9 @@ class Q6_K(_ScaleFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_scales(w, self.group, search.Uniform(-32, 31), -128, 127)
         return {
-            "codes": fit.codes,
-            "sub_scales": lax.bitcast_convert_type(fit.sub_scales.astype(jnp.int8), jnp.uint8),
-            "scales": fit.scales,
+            "codes": fit["codes"],
+            "sub_scales": lax.bitcast_convert_type(fit["sub_scales"].astype(jnp.int8), jnp.uint8),
+            "scales": fit["scales"],
         }, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
@@ -130,8 +131,7 @@ class _MinimumFormat(GGUFFormat):
         return sub_scaled(fields["scales"], self._sub_fields(fields)[0])
 
     def minimum(self, fields: Fields) -> jax.Array:
-        # Without the barrier XLA may contract this product into the sum that `decode` makes of it.
-        return -lax.optimization_barrier(sub_scaled(fields["minimums"], self._sub_fields(fields)[1]))
+        return -sub_scaled(fields["minimums"], self._sub_fields(fields)[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,10 @@ class Q2_K(_MinimumFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_scales_and_minimums(w, self.group, 3, 15)
         return {
-            "codes": fit.codes,
-            "sub_scales": (fit.sub_scales + 16 * fit.sub_minimums).astype(jnp.uint8),
-            "scales": fit.scales,
-            "minimums": fit.minimums,
+            "codes": fit["codes"],
+            "sub_scales": (fit["sub_scales"] + 16 * fit["sub_minimums"]).astype(jnp.uint8),
+            "scales": fit["scales"],
+            "minimums": fit["minimums"],
         }, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
@@ -181,11 +181,11 @@ class Q45_K(_MinimumFormat):
     def encode(self, w: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         fit, overflow = search.fit_scales_and_minimums(w, self.group, (1 << self.code_bits) - 1, 63)
         return {
-            "codes": fit.codes,
-            "sub_scales": fit.sub_scales.astype(jnp.uint8),
-            "sub_minimums": fit.sub_minimums.astype(jnp.uint8),
-            "scales": fit.scales,
-            "minimums": fit.minimums,
+            "codes": fit["codes"],
+            "sub_scales": fit["sub_scales"].astype(jnp.uint8),
+            "sub_minimums": fit["sub_minimums"].astype(jnp.uint8),
+            "scales": fit["scales"],
+            "minimums": fit["minimums"],
         }, overflow
 
     def from_bytes(self, blocks: jax.Array) -> dict[str, jax.Array]:
@@ -193,13 +193,13 @@ class Q45_K(_MinimumFormat):
         codes = flat(split_fields(in_blocks(codes, 32), 4))
         if self.code_bits == 5:
             codes = codes | (split_fields(high, 1) << 4)
-        # Bytes 0-3 and 4-7 hold sub-scales and sub-minimums 0-3, and in their upper two bits those of 4-7, whose lower
-        # four bits share bytes 8-11.
+        # Bytes 0-3 and 4-7 hold sub-scales and sub-minimums 0-3, and in their upper two bits those of 4-7,
+        # whose lower four bits share bytes 8-11.
         scale, minimum, low = jnp.split(sub, 3, axis=-1)
         return {
             "codes": flat(codes),
-            "sub_scales": flat(jnp.concatenate([scale & 63, (low & 15) | ((scale >> 6) << 4)], axis=-1)),
-            "sub_minimums": flat(jnp.concatenate([minimum & 63, (low >> 4) | ((minimum >> 6) << 4)], axis=-1)),
+            "sub_scales": flat(jnp.concatenate([scale & 63, (low & 15) | (scale >> 6 << 4)], axis=-1)),
+            "sub_minimums": flat(jnp.concatenate([minimum & 63, (low >> 4) | (minimum >> 6 << 4)], axis=-1)),
             "scales": as_u16(d),
             "minimums": as_u16(dmin),
         }
@@ -211,8 +211,8 @@ class Q45_K(_MinimumFormat):
         parts = [
             low_bytes(fields["scales"]),
             low_bytes(fields["minimums"]),
-            scale | ((scale_end >> 4) << 6),
-            minimum | ((minimum_end >> 4) << 6),
+            scale | (scale_end >> 4 << 6),
+            minimum | (minimum_end >> 4 << 6),
             (scale_end & 15) | (minimum_end << 4),
         ]
         if self.code_bits == 5:

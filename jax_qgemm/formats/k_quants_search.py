@@ -1,19 +1,21 @@
 """Quantizers for the formats that gguf-py can't quantize: searches for the scales of least squared error.
 
-`fit_scales` and `fit_scales_and_minimums` go three steps: each group alone finds its best scale (and minimum) among
-candidates, refitted by least squares; the super-block takes the float16 scale that spans them; then in turns every
-group takes the best of the integers next to its sub-scale, and the float16 scales are refitted. Errors are those of the
-values that decoding will give.
+`fit_scales` and `fit_scales_and_minimums` go three steps: each group alone finds its best scale (and minimum)
+among candidates, refitted by least squares; the super-block takes the float16 scale that spans them; then
+every group takes the best of the integers next to its sub-scale, and the float16 scales are refitted to that.
+Errors are those of the values that decoding will give.
 
-Only the best candidate is kept, and blocks are taken a part at a time, so that memory stays within a few copies of
-the weight. Every function below works on one block and is mapped over all.
+Only the best candidate is kept, and blocks are taken a part at a time, so that memory stays within a few
+copies of the weight. Every function below works on one block and is mapped over all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from jax_qgemm.formats.bits import in_blocks
 from jax_qgemm.formats.format import f16_to_f32, f32_to_f16, safe_reciprocal
 
 SUPER_BLOCK = 256
-_ELEMENTS_AT_ONCE = 1 << 20
+_ELEMENTS_AT_ONCE = 1 << 18  # in float32, the cache of a core
 
 # Fractions of the range of the levels that the element of largest magnitude is mapped to.
 _REACH = np.linspace(0.85, 1.2, 10)
@@ -81,7 +83,7 @@ class Table:
 
     def nearest(self, value: jax.Array) -> jax.Array:
         nearest = jnp.full_like(value, self.bottom)
-        for low, high in zip(self.levels, self.levels[1:], strict=False):
+        for low, high in itertools.pairwise(self.levels):
             nearest = jnp.where(value > (low + high) / 2, jnp.float32(high), nearest)
         return nearest
 
@@ -92,15 +94,9 @@ class Table:
         return code
 
 
-class Fit(NamedTuple):
-    """A quantized weight: uint8 codes (..., k), float16 bits of scales and minimums (..., k / block), and integers
-    (..., k / group) as float32, exact. None is what the format does not have."""
-
-    codes: jax.Array
-    scales: jax.Array
-    sub_scales: jax.Array | None = None
-    minimums: jax.Array | None = None
-    sub_minimums: jax.Array | None = None
+Fit = dict[str, jax.Array]
+"""A quantized weight, by the names of `Fields`: uint8 codes (..., k), float16 bits of scales and minimums
+(..., k / block), int32 sub-scales and sub-minimums (..., k / group)."""
 
 
 def fit_block_scale(w: jax.Array, block: int, levels: Levels) -> tuple[Fit, jax.Array]:
@@ -117,16 +113,15 @@ def fit_block_scale(w: jax.Array, block: int, levels: Levels) -> tuple[Fit, jax.
         x, unit = _normalize(x)
         ideal = _group_scale(x, levels)
         bits, scale = _as_f16(ideal, unit)
-        return Fit(levels.code(levels.nearest(x * safe_reciprocal(scale))), bits), _too_large(ideal, unit)
+        codes = levels.code(levels.nearest(x * safe_reciprocal(scale)))
+        return {"codes": codes, "scales": bits}, _too_large(ideal, unit)
 
     return map_blocks(fit, w, block)
 
 
-def fit_scales(
-    w: jax.Array, group: int, levels: Levels, sub_bottom: int, sub_top: int
-) -> tuple[Fit, jax.Array]:
-    """w ~ scale * sub_scale * level, with one float16 scale per super-block and one sub-scale in [sub_bottom, sub_top]
-    per group; see `fit_block_scale`."""
+def fit_scales(w: jax.Array, group: int, levels: Levels, sub_bottom: int, sub_top: int) -> tuple[Fit, jax.Array]:
+    """w ~ scale * sub_scale * level, with one float16 scale per super-block and per group one sub-scale in
+    [sub_bottom, sub_top], sub_bottom < 0; see `fit_block_scale`."""
 
     def fit(x: jax.Array) -> tuple[Fit, jax.Array]:
         x, unit = _normalize(in_blocks(x, group))
@@ -158,15 +153,18 @@ def fit_scales(
         refitted = _as_f16(jnp.sum(basis * x) * safe_reciprocal(jnp.sum(basis * basis)), unit)[1]
         better = jnp.sum(errors(sub * refitted)) < jnp.sum(errors(sub * d))
         d = jnp.where(better, refitted, d)
-        codes = levels.code(quantized(sub * d)).reshape(-1)
-        return Fit(codes, _as_f16(d, unit)[0], sub), _too_large(largest / sub_bottom, unit)
+        return {
+            "codes": levels.code(quantized(sub * d)).reshape(-1),
+            "sub_scales": sub.astype(jnp.int32),
+            "scales": _as_f16(d, unit)[0],
+        }, _too_large(largest / sub_bottom, unit)
 
     return map_blocks(fit, w, SUPER_BLOCK)
 
 
 def fit_scales_and_minimums(w: jax.Array, group: int, top: int, sub_top: int) -> tuple[Fit, jax.Array]:
-    """w ~ scale * sub_scale * code - minimum * sub_minimum, with one float16 scale and minimum per super-block, and per
-    group two integers in [0, sub_top]; codes are in [0, top]. See `fit_block_scale`."""
+    """w ~ scale * sub_scale * code - minimum * sub_minimum, with one float16 scale and minimum per
+    super-block and per group two integers in [0, sub_top]; codes are in [0, top]. See `fit_block_scale`."""
 
     def fit(x: jax.Array) -> tuple[Fit, jax.Array]:
         x, unit = _normalize(in_blocks(x, group))
@@ -182,7 +180,7 @@ def fit_scales_and_minimums(w: jax.Array, group: int, top: int, sub_top: int) ->
             sub, sub_min = jnp.clip(sub, 0, sub_top), jnp.clip(sub_min, 0, sub_top)
             return errors(sub * d, sub_min * dmin), (sub, sub_min)
 
-        low, high = jnp.minimum(jnp.min(x, axis=-1), 0), jnp.maximum(jnp.max(x, axis=-1), 0)
+        low, high = jnp.minimum(jnp.min(x, axis=-1), 0), jnp.max(x, axis=-1)
         middle, half = (low + high) * 0.5, (high - low) * 0.5
 
         def laid_over(span: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -205,11 +203,16 @@ def fit_scales_and_minimums(w: jax.Array, group: int, top: int, sub_top: int) ->
             )
             basis = quantized(sub * d, sub_min * dmin) * sub[:, None], -sub_min[:, None]
             new_d, new_dmin = (_as_f16(v, unit)[1] for v in _refit_pair(*basis, x, (d, dmin)))
-            better = jnp.sum(errors(sub * new_d, sub_min * new_dmin)) < jnp.sum(errors(sub * d, sub_min * dmin))
+            now, after = errors(sub * d, sub_min * dmin), errors(sub * new_d, sub_min * new_dmin)
+            better = jnp.sum(after) < jnp.sum(now)
             d, dmin = jnp.where(better, new_d, d), jnp.where(better, new_dmin, dmin)
-        codes = quantized(sub * d, sub_min * dmin).astype(jnp.uint8).reshape(-1)
-        overflow = _too_large(ideal_d, unit) | _too_large(ideal_dmin, unit)
-        return Fit(codes, _as_f16(d, unit)[0], sub, _as_f16(dmin, unit)[0], sub_min), overflow
+        return {
+            "codes": quantized(sub * d, sub_min * dmin).astype(jnp.uint8).reshape(-1),
+            "sub_scales": sub.astype(jnp.int32),
+            "sub_minimums": sub_min.astype(jnp.int32),
+            "scales": _as_f16(d, unit)[0],
+            "minimums": _as_f16(dmin, unit)[0],
+        }, _too_large(ideal_d, unit) | _too_large(ideal_dmin, unit)
 
     return map_blocks(fit, w, SUPER_BLOCK)
 
@@ -238,9 +241,7 @@ def best(
     return lax.fori_loop(0, len(candidates), step, (infinite, initial))[1]
 
 
-def map_blocks(
-    fit: Callable[[jax.Array], tuple[Fit, jax.Array]], w: jax.Array, block: int
-) -> tuple[Fit, jax.Array]:
+def map_blocks(fit: Callable[[jax.Array], tuple[Fit, jax.Array]], w: jax.Array, block: int) -> tuple[Fit, jax.Array]:
     """`fit` over every block of w (..., k): its arrays joined along k, and whether any block overflowed."""
     blocks = w.reshape(-1, block)
     if not len(blocks):
@@ -249,13 +250,13 @@ def map_blocks(
     else:
         found, overflow = lax.map(fit, blocks, batch_size=min(len(blocks), _ELEMENTS_AT_ONCE // block))
     count = w.shape[-1] // block
-    joined = jax.tree.map(lambda a: a.reshape(*w.shape[:-1], count * (a.size // max(len(blocks), 1))), found)
+    joined = jax.tree.map(lambda a: a.reshape(*w.shape[:-1], count * math.prod(a.shape[1:])), found)
     return joined, jnp.any(overflow)
 
 
 def _normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x / unit and unit, a power of two such that the largest magnitude is in [1, 2) and no square overflows. Below
-    2**-40, far under the smallest float16, it is less."""
+    """x / unit and unit, a power of two that brings the largest magnitude to [1, 2), so that no square
+    overflows. (To less, if that is below 2**-40, far under the smallest float16.)"""
     exponent = (lax.bitcast_convert_type(jnp.max(jnp.abs(x)), jnp.int32) >> 23) - 127
     exponent = jnp.clip(exponent, -40, 126)
     unit, inverse = (lax.bitcast_convert_type((127 + e) << 23, jnp.float32) for e in (exponent, -exponent))
@@ -273,8 +274,8 @@ def _too_large(scale: jax.Array, unit: jax.Array) -> jax.Array:
 
 
 def _group_scale(x: jax.Array, levels: Levels) -> jax.Array:
-    """The scale (...,) of least squared error for each group (..., size), positive or negative: the levels need not be
-    symmetric."""
+    """The scale (...,) of least squared error for each group (..., size): positive or negative, since the
+    levels need not be symmetric."""
     magnitude = jnp.max(jnp.abs(x), axis=-1)
 
     def reaching(reach: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:

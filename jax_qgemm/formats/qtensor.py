@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
+from jax import export
+from jax.core import Tracer
 
 from jax_qgemm.formats import layout
 from jax_qgemm.formats.format import Format, GGUFFormat
-from jax_qgemm.formats.registry import get_format, gguf_format
+from jax_qgemm.formats.registry import format_from_json, format_to_json, get_format, gguf_format
 
 _OPTIONAL = ("permutation", "input_scale", "global_scale")
 
@@ -146,14 +148,18 @@ class QTensor:
         global_scale, divided by input_scale of its row of k, and put at row permutation[i]. The result is rounded once
         to `dtype` (float16, bfloat16 or float32).
         """
-        return _dequantize(self, jnp.dtype(dtype).name)
+        dtype = jnp.dtype(dtype)
+        if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+            raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
+        return _dequantize(self, dtype.name)
 
     def to_logical(self, rows: jax.Array) -> jax.Array:
         """Decoded rows of n, (*batch, ..., k) in packed order, as the logical weight has them."""
         batch_ndim = self.ndim - 2
 
         def per_row(factor: jax.Array) -> jax.Array:
-            return factor.reshape(*factor.shape[:batch_ndim], *(1,) * (rows.ndim - factor.ndim), *factor.shape[batch_ndim:])
+            between = (1,) * (rows.ndim - factor.ndim)
+            return factor.reshape(*factor.shape[:batch_ndim], *between, *factor.shape[batch_ndim:])
 
         if self.global_scale is not None:
             rows = rows * per_row(self.global_scale.astype(jnp.float32)[..., None])
@@ -216,6 +222,29 @@ class QTensor:
         return _to_bytes(self, fmt)
 
 
+def _serialize_aux(aux: tuple[Format, tuple[int, int]]) -> bytes:
+    format, padding = aux
+    return json.dumps({"layout": layout.LAYOUT_VERSION, "format": format_to_json(format), "padding": padding}).encode()
+
+
+def _deserialize_aux(data: bytes | bytearray) -> tuple[Format, tuple[int, int]]:
+    aux = json.loads(bytes(data))
+    if aux["layout"] != layout.LAYOUT_VERSION:
+        raise ValueError(
+            f"a QTensor of layout version {aux['layout']} was serialized, this jax_qgemm has version "
+            f"{layout.LAYOUT_VERSION}: export the function again"
+        )
+    return format_from_json(aux["format"]), tuple(aux["padding"])
+
+
+export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="jax_qgemm.QTensor",
+    serialize_auxdata=_serialize_aux,
+    deserialize_auxdata=_deserialize_aux,
+)
+
+
 _REPACK_ELEMENTS = 1 << 25  # per step: bounds the temporaries of repacking a large table to some 100 MB
 
 
@@ -223,7 +252,7 @@ def _repack(raw: Any, fmt: GGUFFormat) -> tuple[jax.Array, ...]:
     *batch, n, row_bytes = raw.shape
     rows = max(layout.TILE_N, _REPACK_ELEMENTS // (row_bytes // fmt.block_bytes * fmt.block * math.prod(batch)))
     rows = rows // layout.TILE_N * layout.TILE_N
-    if n <= rows or isinstance(raw, jax.core.Tracer):
+    if n <= rows or isinstance(raw, Tracer):
         return _repack_rows(raw, fmt)
     parts = [_repack_rows(raw[..., i : i + rows, :], fmt) for i in range(0, n, rows)]
     axis = len(batch)
@@ -275,24 +304,22 @@ def quantize(w: Any, format: str | Format) -> QTensor:
     fmt = get_format(format)
     if not hasattr(w, "dtype") or w.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise TypeError(
-            "w must be a float16, bfloat16 or float32 array, got "
-            f"{getattr(w, 'dtype', None) or type(w).__name__}"
+            f"w must be a float16, bfloat16 or float32 array, got {getattr(w, 'dtype', None) or type(w).__name__}"
         )
     if w.ndim < 2:
         raise ValueError(f"w must have shape (*batch, k, n), got {tuple(w.shape)}")
     if w.shape[-2] == 0 or w.shape[-2] % fmt.block:
         raise ValueError(
-            f"w has k = {w.shape[-2]} (shape {tuple(w.shape)}), but format {fmt} needs a positive multiple of {fmt.block}"
+            f"w has k = {w.shape[-2]} (shape {tuple(w.shape)}), but format {fmt} needs a positive multiple of "
+            f"{fmt.block}"
         )
     result, overflow, finite = _encode(jnp.asarray(w), fmt)
-    if not isinstance(overflow, jax.core.Tracer):
+    if not isinstance(overflow, Tracer):
         if not finite:
             raise ValueError(f"w has values that are not finite; format {fmt} can't hold them")
         if overflow:
             raise ValueError(f"w has values too large for format {fmt}: a scale leaves the range of its type")
     return result
-
-
 
 
 __all__ = ["QTensor", "quantize"]

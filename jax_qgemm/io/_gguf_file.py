@@ -115,9 +115,11 @@ class Cursor:
         if b"\0" in raw:
             self.fail(f"the name {shorten(raw)} contains a NUL", start)
         try:
-            return raw.decode()
+            text = raw.decode()
         except UnicodeDecodeError as error:
             self.fail(f"the name {shorten(raw)} is not UTF-8: {error.reason}", start)
+        self.hold(sys.getsizeof(text))
+        return text
 
     def string(self) -> str:
         nbytes = self.u64()

@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_qgemm.io import _gguf_types as types
 from jax_qgemm.io._gguf_file import Cursor, GGUFFile, shorten
-from jax_qgemm.io._gguf_types import GGUFInt, TensorType, ValueType
+from jax_qgemm.io._gguf_types import GGUFInt, GGUFValueType, TensorType
 
 # Memory that a metadata entry and a tensor's description take beside their strings, rounded up.
 _ENTRY_BYTES = 512
@@ -24,7 +24,7 @@ _MIN_INFO_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TensorInfo:
+class GGUFTensorInfo:
     """Where a tensor lies in its file.
 
     Attributes:
@@ -57,13 +57,12 @@ class GGUFHeader:
     version: int
     alignment: int
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GGUFTensorInfo]
 
 
 def read_header(file: GGUFFile) -> GGUFHeader:
     cursor = Cursor(file)
     version = _read_version(cursor)
-    # Either count alone must fit what is left; which tables they bound comes after both.
     cursor.field = "tensor count"
     tensor_count = cursor.count(_MIN_INFO_BYTES)
     cursor.field = "metadata count"
@@ -82,7 +81,7 @@ def read_header(file: GGUFFile) -> GGUFHeader:
         cursor.field = f"metadata {shorten(key)}"
         start = cursor.offset
         metadata[key] = _read_value(cursor)
-        cursor.hold(_ENTRY_BYTES + len(key))
+        cursor.hold(_ENTRY_BYTES)
         if key == types.ALIGNMENT_KEY:
             alignment = _check_alignment(cursor, metadata[key], start)
 
@@ -103,25 +102,24 @@ def _read_version(cursor: Cursor) -> int:
     return version
 
 
-def _read_value_type(cursor: Cursor) -> ValueType:
+def _read_value_type(cursor: Cursor) -> GGUFValueType:
     start = cursor.offset
     number = cursor.u32()
-    try:
-        return ValueType(number)
-    except ValueError:
+    if number >= len(GGUFValueType):
         cursor.fail(f"unknown value type {number}", start)
+    return GGUFValueType(number)
 
 
 def _read_value(cursor: Cursor) -> Any:
     value_type = _read_value_type(cursor)
-    if value_type == ValueType.ARRAY:
+    if value_type == GGUFValueType.ARRAY:
         return _read_array(cursor)
-    if value_type == ValueType.STRING:
+    if value_type == GGUFValueType.STRING:
         return cursor.string()
     value = _read_numbers(cursor, value_type, 1)[0]
-    if value_type == ValueType.FLOAT64:
+    if value_type == GGUFValueType.FLOAT64:
         return value
-    if value_type in (ValueType.FLOAT32, ValueType.BOOL):
+    if value_type in (GGUFValueType.FLOAT32, GGUFValueType.BOOL):
         return value.item()
     number = int(value)
     if types.default_int_type(number, number) == value_type:
@@ -132,20 +130,20 @@ def _read_value(cursor: Cursor) -> Any:
 def _read_array(cursor: Cursor) -> Any:
     start = cursor.offset
     value_type = _read_value_type(cursor)
-    if value_type == ValueType.ARRAY:
+    if value_type == GGUFValueType.ARRAY:
         cursor.fail("an array of arrays is not supported", start)
-    if value_type == ValueType.STRING:
+    if value_type == GGUFValueType.STRING:
         return [cursor.string() for _ in range(cursor.count(8))]
     numbers = _read_numbers(cursor, value_type, cursor.count(types.VALUE_DTYPES[value_type].itemsize))
     cursor.hold(numbers.nbytes)
     return numbers
 
 
-def _read_numbers(cursor: Cursor, value_type: ValueType, count: int) -> np.ndarray:
+def _read_numbers(cursor: Cursor, value_type: GGUFValueType, count: int) -> np.ndarray:
     dtype = types.VALUE_DTYPES[value_type]
     start = cursor.offset
     raw = np.frombuffer(cursor.take(count * dtype.itemsize), np.uint8)
-    if value_type == ValueType.BOOL and raw.max(initial=0) > 1:
+    if value_type == GGUFValueType.BOOL and raw.max(initial=0) > 1:
         at = int(np.argmax(raw > 1))
         cursor.fail(f"a BOOL of {raw[at]}, expected 0 or 1", start + at)
     return raw.view(dtype).copy()
@@ -159,8 +157,8 @@ def _check_alignment(cursor: Cursor, value: Any, start: int) -> int:
     return value
 
 
-def _read_tensor_infos(cursor: Cursor, count: int, alignment: int) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
+def _read_tensor_infos(cursor: Cursor, count: int, alignment: int) -> dict[str, GGUFTensorInfo]:
+    tensors: dict[str, GGUFTensorInfo] = {}
     offset_fields: list[int] = []
     for i in range(count):
         cursor.field = f"tensor name {i}"
@@ -168,7 +166,7 @@ def _read_tensor_infos(cursor: Cursor, count: int, alignment: int) -> dict[str, 
         name = cursor.name(types.MAX_KEY_BYTES)
         if name in tensors:
             cursor.fail(f"duplicate of {shorten(name)}", start)
-        cursor.hold(_INFO_BYTES + len(name))
+        cursor.hold(_INFO_BYTES)
         quoted = shorten(name)
         cursor.field = f"tensor {quoted}: dimensions"
         dims_field = cursor.offset
@@ -184,7 +182,7 @@ def _read_tensor_infos(cursor: Cursor, count: int, alignment: int) -> dict[str, 
         nbytes = math.prod(dims) // tensor_type.block * tensor_type.block_bytes
         cursor.field = f"tensor {quoted}: offset"
         offset_fields.append(cursor.offset)
-        tensors[name] = TensorInfo(name, tensor_type.name, dims[::-1], cursor.u64(), nbytes)
+        tensors[name] = GGUFTensorInfo(name, tensor_type.name, dims[::-1], cursor.u64(), nbytes)
     data_start = -(-cursor.offset // alignment) * alignment
     return _place_tensors(cursor, tensors, offset_fields, data_start, alignment)
 
@@ -211,10 +209,10 @@ def _read_tensor_type(cursor: Cursor) -> TensorType:
 
 
 def _place_tensors(
-    cursor: Cursor, tensors: dict[str, TensorInfo], fields: list[int], data_start: int, alignment: int
-) -> dict[str, TensorInfo]:
+    cursor: Cursor, tensors: dict[str, GGUFTensorInfo], fields: list[int], data_start: int, alignment: int
+) -> dict[str, GGUFTensorInfo]:
     """Turns offsets into the data section, which starts at `data_start`, into offsets into the file."""
-    placed: dict[str, TensorInfo] = {}
+    placed: dict[str, GGUFTensorInfo] = {}
     for field, info in zip(fields, tensors.values(), strict=True):
         cursor.field = f"tensor {shorten(info.name)}: offset"
         if info.offset % alignment:
@@ -233,7 +231,9 @@ def _place_tensors(
     return placed
 
 
-def read_tensor(file: GGUFFile, info: TensorInfo, advance: Callable[[int], Any] | None = None) -> np.ndarray:
+def read_tensor(
+    file: GGUFFile, info: GGUFTensorInfo, advance: Callable[[int], Any] | None = None
+) -> np.ndarray:
     """The tensor's bytes: uint8, in its shape but for the last axis, which is the bytes of a row."""
     raw = np.empty(info.nbytes, np.uint8)
     file.read_into(raw.data, info.offset, f"tensor {shorten(info.name)}: data", advance)

@@ -22,7 +22,7 @@ MAX_DIMS = 4
 MAX_NAME_BYTES = 63
 
 
-class ValueType(enum.IntEnum):
+class GGUFValueType(enum.IntEnum):
     """Type of a metadata value."""
 
     UINT8 = 0
@@ -41,18 +41,18 @@ class ValueType(enum.IntEnum):
 
 
 # Little endian, as the file has them; also the dtypes of numeric arrays in memory.
-VALUE_DTYPES: dict[ValueType, np.dtype[Any]] = {
-    ValueType.UINT8: np.dtype("u1"),
-    ValueType.INT8: np.dtype("i1"),
-    ValueType.UINT16: np.dtype("<u2"),
-    ValueType.INT16: np.dtype("<i2"),
-    ValueType.UINT32: np.dtype("<u4"),
-    ValueType.INT32: np.dtype("<i4"),
-    ValueType.FLOAT32: np.dtype("<f4"),
-    ValueType.BOOL: np.dtype("?"),
-    ValueType.UINT64: np.dtype("<u8"),
-    ValueType.INT64: np.dtype("<i8"),
-    ValueType.FLOAT64: np.dtype("<f8"),
+VALUE_DTYPES: dict[GGUFValueType, np.dtype[Any]] = {
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.BOOL: np.dtype("?"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 VALUE_TYPE_OF_DTYPE = {dtype: value_type for value_type, dtype in VALUE_DTYPES.items()}
 
@@ -67,25 +67,25 @@ class GGUFInt(int):
       value_type: the stored integer type.
     """
 
-    value_type: ValueType
+    value_type: GGUFValueType
 
-    def __new__(cls, value: int, value_type: ValueType) -> GGUFInt:
-        limits = np.iinfo(VALUE_DTYPES[ValueType(value_type)])
+    def __new__(cls, value: int, value_type: GGUFValueType) -> GGUFInt:
+        limits = np.iinfo(VALUE_DTYPES[GGUFValueType(value_type)])
         if not limits.min <= value <= limits.max:
             raise ValueError(
                 f"value: got {value}, expected {limits.min} to {limits.max} for {value_type.name}"
             )
         self = super().__new__(cls, value)
-        self.value_type = ValueType(value_type)
+        self.value_type = GGUFValueType(value_type)
         return self
 
-    def __getnewargs__(self) -> tuple[int, ValueType]:
+    def __getnewargs__(self) -> tuple[int, GGUFValueType]:
         return int(self), self.value_type
 
 
-def default_int_type(low: int, high: int) -> ValueType:
+def default_int_type(low: int, high: int) -> GGUFValueType:
     """The type of ints from `low` to `high`: the first of UINT32, INT32, UINT64, INT64 that holds them."""
-    for value_type in (ValueType.UINT32, ValueType.INT32, ValueType.UINT64, ValueType.INT64):
+    for value_type in (GGUFValueType.UINT32, GGUFValueType.INT32, GGUFValueType.UINT64, GGUFValueType.INT64):
         limits = np.iinfo(VALUE_DTYPES[value_type])
         if limits.min <= low and high <= limits.max:
             return value_type

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jax_qgemm.io import _gguf_types as types
-from jax_qgemm.io._gguf_types import GGUFInt, TensorType, ValueType
+from jax_qgemm.io._gguf_types import GGUFInt, GGUFValueType, TensorType
 
 
 class PlannedTensor(NamedTuple):
@@ -83,7 +83,7 @@ def _alignment(metadata: Mapping[str, Any]) -> int:
     value = metadata.get(types.ALIGNMENT_KEY, types.DEFAULT_ALIGNMENT)
     value_type, payload = _encode_value(value)
     alignment = int.from_bytes(payload, "little")
-    if value_type != ValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
+    if value_type != GGUFValueType.UINT32 or alignment == 0 or alignment & (alignment - 1):
         raise ValueError(f"metadata[{types.ALIGNMENT_KEY!r}]: got {value!r}, expected a power of two, UINT32")
     return alignment
 
@@ -104,13 +104,13 @@ def _encode_entry(key: str, value: Any) -> bytes:
     return _encode_string(key) + struct.pack("<I", value_type) + payload
 
 
-def _encode_value(value: Any) -> tuple[ValueType, bytes]:
+def _encode_value(value: Any) -> tuple[GGUFValueType, bytes]:
     if isinstance(value, str):
-        return ValueType.STRING, _encode_string(value)
+        return GGUFValueType.STRING, _encode_string(value)
     if isinstance(value, (list, tuple)):
-        return ValueType.ARRAY, _encode_array(value)
+        return GGUFValueType.ARRAY, _encode_array(value)
     if isinstance(value, (np.ndarray, jax.Array)) and value.ndim:
-        return ValueType.ARRAY, _encode_array(np.asarray(value))
+        return GGUFValueType.ARRAY, _encode_array(np.asarray(value))
     numbers, value_type = _numbers([value])
     return value_type, numbers.tobytes()
 
@@ -121,14 +121,14 @@ def _encode_array(values: Sequence[Any] | np.ndarray) -> bytes:
     if isinstance(values, np.ndarray) and values.dtype.kind == "U":
         values = values.tolist()
     if not isinstance(values, np.ndarray) and all(isinstance(v, str) for v in values):
-        value_type, payload = ValueType.STRING, b"".join(map(_encode_string, values))
+        value_type, payload = GGUFValueType.STRING, b"".join(map(_encode_string, values))
     else:
         numbers, value_type = _numbers(values)
         payload = numbers.tobytes()
     return struct.pack("<IQ", value_type, len(values)) + payload
 
 
-def _numbers(values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, ValueType]:
+def _numbers(values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, GGUFValueType]:
     """The values in the dtype of the type that stores them."""
     if not isinstance(values, np.ndarray):
         values = _common_array(values)

@@ -18,7 +18,7 @@ from jax_qgemm.formats import GGUF_FORMATS, GGUFFormat, QTensor
 from jax_qgemm.io import _gguf_types as types
 from jax_qgemm.io import _gguf_writer as writer
 from jax_qgemm.io._gguf_file import GGUFFile, shorten
-from jax_qgemm.io._gguf_reader import GGUFHeader, TensorInfo, read_header, read_tensor
+from jax_qgemm.io._gguf_reader import GGUFHeader, GGUFTensorInfo, read_header, read_tensor
 from jax_qgemm.io.errors import FormatError
 
 _PROGRESS_BYTES = 256 << 20
@@ -117,8 +117,8 @@ def save_gguf(
 
 
 def _select(
-    infos: Mapping[str, TensorInfo], tensors: Iterable[str] | Callable[[str], bool] | None
-) -> list[TensorInfo]:
+    infos: Mapping[str, GGUFTensorInfo], tensors: Iterable[str] | Callable[[str], bool] | None
+) -> list[GGUFTensorInfo]:
     if tensors is None:
         return list(infos.values())
     if isinstance(tensors, str):
@@ -134,7 +134,7 @@ def _select(
     return [info for info in infos.values() if info.name in names]
 
 
-def _check_loadable(path: str | os.PathLike[str], info: TensorInfo) -> None:
+def _check_loadable(path: str | os.PathLike[str], info: GGUFTensorInfo) -> None:
     if types.TENSOR_TYPE_OF_NAME[info.type].dtype is not None:
         return
     if info.type not in GGUF_FORMATS:
@@ -146,7 +146,7 @@ def _check_loadable(path: str | os.PathLike[str], info: TensorInfo) -> None:
     raise FormatError(path, f"tensor {shorten(info.name)}", info.offset, f"{problem}; see `tensors`")
 
 
-def _to_value(raw: np.ndarray, info: TensorInfo) -> QTensor | jax.Array | np.ndarray:
+def _to_value(raw: np.ndarray, info: GGUFTensorInfo) -> QTensor | jax.Array | np.ndarray:
     dtype = types.TENSOR_TYPE_OF_NAME[info.type].dtype
     if dtype is None:
         return QTensor.from_gguf_bytes(raw, info.type)

@@ -33,7 +33,7 @@ _PRECISIONS = {
 def _is_highest(precision: Any) -> bool:
     if precision is None:
         # What jax.default_matmul_precision sets; a value that names an algorithm asks for nothing of ours.
-        precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision)
+        precision = _PRECISIONS.get(jax.config.jax_default_matmul_precision)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(precision, str) and precision in _PRECISIONS:
         precision = _PRECISIONS[precision]
     if precision is not None and not isinstance(precision, lax.Precision):
@@ -54,9 +54,8 @@ def check_float(name: str, array: Any) -> None:
 def check_weight(w: Any) -> None:
     """Raises unless w is one (k, n) QTensor."""
     if not isinstance(w, QTensor):
-        raise TypeError(
-            f"w must be a QTensor (see jax_qgemm.quantize and jax_qgemm.io), got {type(w).__name__}"
-        )
+        got = f"an array, {w.dtype}{list(w.shape)}" if hasattr(w, "dtype") else type(w).__name__
+        raise TypeError(f"w must be a QTensor (see jax_qgemm.quantize and jax_qgemm.io), got {got}")
     if w.ndim != 2:
         raise ValueError(
             f"w must be one weight of shape (k, n), got shape {w.shape}: index a stacked weight (w[i]), map over it "
@@ -89,7 +88,8 @@ def matmul(
       out_dtype: float16, bfloat16 or float32; the type of x by default.
       precision: of float32 x. None, DEFAULT and HIGH multiply in TF32-class precision, HIGHEST in full float32; None
         follows `jax.default_matmul_precision`. (On the CPU every product is full float32.)
-      kernel: "auto", or one by name: "gemm_sm80" on NVIDIA GPUs, "host" on the CPU, "reference" (plain jnp) anywhere.
+      kernel: "auto", or one by name: "gemv" (up to 8 rows of x) and "gemm_sm80" on NVIDIA GPUs, "host" on the CPU,
+        "reference" (plain jnp) anywhere.
 
     Returns:
       (..., n) of `out_dtype`.
@@ -97,7 +97,7 @@ def matmul(
     Raises:
       TypeError: x, bias or residual is not an array of those types, or w not a QTensor.
       ValueError: shapes that do not fit, a stacked w, an unknown activation, precision or kernel, or a kernel that does
-        not serve the platform that the function is compiled for.
+        not serve the product or the platform that the function is compiled for.
       RuntimeError: compiled for CUDA by a build without CUDA.
     """
     check_float("x", x)

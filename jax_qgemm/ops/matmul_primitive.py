@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from jax_qgemm.formats.layout import TILE_N
 FLOAT_DTYPES = (jnp.dtype("float16"), jnp.dtype("bfloat16"), jnp.dtype("float32"))
 
 # Which kernels serve which platform; the reference serves them all.
-KERNELS: dict[str, tuple[str, ...]] = {"gemm_sm80": ("cuda",), "host": ("cpu",), "reference": ()}
+KERNELS: dict[str, tuple[str, ...]] = {"gemv": ("cuda",), "gemm_sm80": ("cuda",), "host": ("cpu",), "reference": ()}
+GEMV_MAX_ROWS = 8
 
 qmatmul_p = Primitive("qmatmul")
 """Operands: x (*batch, ..., k) and the planes of one weight (*batch, n/16, k/k_block, payload).
@@ -71,14 +73,15 @@ def _abstract_eval(x, *planes, format, padding, batch_ndim, transpose, out_dtype
 
 
 def _batch(args, dims, **params):
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not batching.not_mapped)
+    # An operand that is not mapped has dimension None.
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     (x, *planes), (x_dim, *plane_dims) = args, dims
-    if all(d is batching.not_mapped for d in plane_dims):
+    if all(d is None for d in plane_dims):
         # A mapped x alone only gains a leading axis: one product, not a loop.
         axis = params["batch_ndim"]
         return qmatmul_p.bind(jnp.moveaxis(x, x_dim, axis), *planes, **params), axis
     operands = [
-        jnp.broadcast_to(a, (size, *a.shape)) if d is batching.not_mapped else jnp.moveaxis(a, d, 0)
+        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
         for a, d in zip(args, dims, strict=True)
     ]
     params["batch_ndim"] += 1
@@ -97,6 +100,8 @@ def _transpose(cotangent, x, *planes, **params):
     if type(cotangent) is ad.Zero:
         return [ad.Zero(x.aval), *none]
     params |= {"transpose": not params["transpose"], "out_dtype": x.aval.dtype.name}
+    if params["kernel"] in ("gemv", "gemm_sm80"):
+        params["kernel"] = "auto"  # they serve the product itself; its derivative has a kernel of its own
     return [qmatmul_p.bind(cotangent, *planes, **params), *none]
 
 
@@ -116,6 +121,20 @@ def _check_kernel(kernel: str, platform: str) -> None:
         raise ValueError(f"kernel={kernel!r} serves {serves}, but the product is lowered for {platform}")
 
 
+def _check_gemv(x_shape: tuple[Any, ...], format: Format, batch_ndim: int) -> None:
+    """Raises with every reason why kernel="gemv" can't serve, but for those that only the device knows."""
+    reasons = []
+    rows = math.prod(x_shape[batch_ndim:-1])
+    if isinstance(rows, int) and rows > GEMV_MAX_ROWS:
+        reasons.append(f"x has {rows} rows, more than {GEMV_MAX_ROWS}")
+    if isinstance(format, IntFormat) and format.group == 16:
+        reasons.append("it serves integer groups of 32 and more")
+    if isinstance(format, IntFormat) and format.scale_dtype == "float32":
+        reasons.append("it serves integers with 16-bit scales")
+    if reasons:
+        raise ValueError(f"kernel='gemv' can't serve x {list(x_shape)} with {format}: {'; '.join(reasons)}")
+
+
 def _lower_reference(ctx, *operands, **params):
     _check_kernel(params["kernel"], "a platform without kernels")
     return _reference_lowering(ctx, *operands, **params)
@@ -125,14 +144,17 @@ def _lower_native(ctx, *operands, platform: str, **params):
     if params["kernel"] == "reference":
         return _reference_lowering(ctx, *operands, **params)
     _check_kernel(params["kernel"], platform)
+    format = params["format"]
     if platform == "cuda":
         require_cuda()
-    format = params["format"]
+    if params["kernel"] == "gemv":
+        _check_gemv(ctx.avals_in[0].shape, format, params["batch_ndim"])
     is_int = isinstance(format, IntFormat)
     return jax.ffi.ffi_lowering(MATMUL_TARGET)(
         ctx,
         *operands,
         format=format.name,
+        kernel=params["kernel"],
         group_size=np.int64(format.group if is_int else 0),
         scale_type=np.int64(SCALE_DTYPES.index(format.scale_dtype) if is_int else 0),
         batch_ndim=np.int64(params["batch_ndim"]),

@@ -40,6 +40,7 @@ def take(w: QTensor, indices: Any, *, dtype: Any = jnp.float32) -> jax.Array:
     rows = indices.astype(jnp.int32)
     rows = jnp.where(rows < 0, rows + n, rows)
     valid = (rows >= 0) & (rows < n)
-    fields = w.format.take_rows(w.planes, jnp.where(valid, rows, 0), k)
+    planes = tuple(jnp.asarray(plane) for plane in w.planes)  # NumPy arrays take no traced indices
+    fields = w.format.take_rows(planes, jnp.where(valid, rows, 0), k)
     values = w.to_logical(w.format.decode(fields))
     return jnp.where(valid[..., None], values, jnp.nan).astype(dtype)

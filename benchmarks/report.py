@@ -1,0 +1,97 @@
+"""Writes the tables of README.md and docs/ from benchmarks/results/*.json.
+
+python -m benchmarks.report [--check]
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; --check fails where one is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+ROOT = Path(__file__).parent.parent
+_BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def source(results: dict[str, Any]) -> str:
+    env = results["environment"]
+    return f"\n{env['device']}; jax {env['jax']}, commit {env['commit'][:9]}.\n"
+
+
+def demo(results: dict[str, Any]) -> str:
+    rows = (
+        (
+            r["dtype"],
+            f"{r['decode_tokens_per_s']:.0f}",
+            f"{r['prefill_tokens_per_s']:.0f}",
+            f"{r['peak_host_mib']:.0f} MiB",
+            *([f"{r['peak_device_mib']:.0f} MiB"] if r["peak_device_mib"] else ["-"]),
+        )
+        for r in results["rows"]
+    )
+    header = ("activations", "decode, tokens/s", "prefill, tokens/s", "peak host memory", "peak device memory")
+    return markdown(header, rows) + source(results)
+
+
+def matmul(results: dict[str, Any]) -> str:
+    """One row a shape and m, one column a kind; microseconds."""
+    kinds: list[str] = list(dict.fromkeys(r["kind"] for r in results["rows"]))
+    cells: dict[tuple[int, int, int], dict[str, float]] = {}
+    for r in results["rows"]:
+        cells.setdefault((r["n"], r["k"], r["m"]), {})[r["kind"]] = r["us"]
+    rows = ((f"{n} x {k}", str(m), *(f"{times[kind]:,.1f}" for kind in kinds)) for (n, k, m), times in cells.items())
+    header = ("n x k", "m", *(kind.replace("xla_", "XLA ") for kind in kinds))
+    return markdown(header, rows) + source(results)
+
+
+# Table name -> (result file, writer).
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    f"{device}-{kind}": (f"{file}-{kind}.json", writer)
+    for device, file in (("cpu", "cpu"), ("h200", "nvidia_h200"))
+    for kind, writer in (("demo", demo), ("matmul", matmul))
+}
+
+
+def filled(text: str) -> str:
+    def table(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            return match[0]  # another generator's
+        file, writer = TABLES[name]
+        return match[1] + "\n" + writer(json.loads((RESULTS / file).read_text())) + "\n" + match[3]
+
+    return _BLOCK.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is stale")
+    args = parser.parse_args()
+    stale = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
+        text = path.read_text()
+        new = filled(text)
+        if new != text:
+            stale.append(path.relative_to(ROOT))
+            if not args.check:
+                path.write_text(new)
+    print("stale:" if args.check else "written:", *stale)
+    sys.exit(bool(args.check and stale))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The mutants of mutants.py: an exact text of a source file that occurs in it once, and what replaces it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    name: str
+    what: str
+    path: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    # Decoders, shared by the CPU and the CUDA kernels.
+    Mutant(
+        "code-field",
+        "the fields of a word of codes are read from the wrong end",
+        "cuda/formats/tile_codes.cuh",
+        ">> (Bits * (run % kFields))",
+        ">> (Bits * (kFields - 1 - run % kFields))",
+    ),
+    Mutant(
+        "row-pair",
+        "per-group values of rows g and g+8 are exchanged",
+        "cuda/formats/format.cuh",
+        "p = {{values[0], values[1]}};",
+        "p = {{values[1], values[0]}};",
+    ),
+    Mutant(
+        "f16-subnormal",
+        "a subnormal float16 scale becomes zero",
+        "cuda/formats/format.cuh",
+        "(is_subnormal & subnormal_bits)",
+        "(is_subnormal & 0u)",
+    ),
+    Mutant(
+        "q4_1-minimum",
+        "q4_1 loses its minimum",
+        "cuda/formats/legacy.cuh",
+        "if constexpr (HasMinimum) m =",
+        "if constexpr (HasMinimum && HighBits != 0) m =",
+    ),
+    Mutant(
+        "k-quant-minimum-sign",
+        "the minimum of q4_k and q5_k is added instead of subtracted, in half of the rows",
+        "cuda/formats/k_quant.cuh",
+        "-mul_rn(f16_to_f32(dmin.v[1]), static_cast<float>(sub_minimum.v[1]))",
+        "mul_rn(f16_to_f32(dmin.v[1]), static_cast<float>(sub_minimum.v[1]))",
+    ),
+    Mutant(
+        "q2_k-nibbles",
+        "the sub-minimum of q2_k is its sub-scale's nibble, in half of the rows",
+        "cuda/formats/q2_k.cuh",
+        "static_cast<float>(sub.v[1] >> 4)",
+        "static_cast<float>(sub.v[1] & 15)",
+    ),
+    Mutant(
+        "q6_k-scale-sign",
+        "the sub-scales of q6_k are read as unsigned",
+        "cuda/formats/q6_k.cuh",
+        "scaled<int8_t, 0, kZero>",
+        "scaled<uint8_t, 0, kZero>",
+    ),
+    Mutant(
+        "mxfp4-subnormal",
+        "the second subnormal scale of mxfp4 becomes zero",
+        "cuda/formats/mxfp4.cuh",
+        "e < 2 ?",
+        "e < 1 ?",
+    ),
+    Mutant(
+        "nvfp4-nan",
+        "the NaN of nvfp4's scales decodes as a number",
+        "cuda/formats/nvfp4.cuh",
+        "if (s == 0x7f) return 0.0f;",
+        "",
+    ),
+    Mutant(
+        "int-zero",
+        "symmetric integers are off by one",
+        "cuda/formats/integer.cuh",
+        "int zero[2] = {kZero, kZero};",
+        "int zero[2] = {kZero - 1, kZero - 1};",
+    ),
+    Mutant(
+        "bf16-scale-as-f16",
+        "bfloat16 scales of integers are read as float16",
+        "cuda/formats/integer.cuh",
+        "w.scale_type == ScaleType::kF16 ?",
+        "w.scale_type != ScaleType::kF32 ?",
+    ),
+    # Kernels of the CPU.
+    Mutant(
+        "nibbles",
+        "low and high nibbles are exchanged",
+        "cuda/host/decode.h",
+        "out[0][j] = v & kMask;\n      out[1][j] = v >> 4 & kMask;",
+        "out[1][j] = v & kMask;\n      out[0][j] = v >> 4 & kMask;",
+    ),
+    Mutant(
+        "high-bits",
+        "the high bits of 3-, 5- and 6-bit codes are dropped",
+        "cuda/host/decode.h",
+        "codes[h][j] |= high[h][j] << F::kLowBits;",
+        "codes[h][j] |= high[h][j] & 0;",
+    ),
+    Mutant(
+        "scale-index",
+        "every group takes the scale of the next one of its block",
+        "cuda/host/decode.h",
+        "((row + g) * kGroups + j) * 2",
+        "((row + g) * kGroups + (j + 1) % kGroups) * 2",
+    ),
+    Mutant(
+        "last-k-slab",
+        "the last, partial slab of k is dropped",
+        "cuda/host/matmul_kernels.h",
+        "first < tiles; first += slab_tiles",
+        "first == 0 || first + slab_tiles <= tiles; first += slab_tiles",
+    ),
+    Mutant(
+        "k-tail",
+        "the last element of an odd k is dropped",
+        "cuda/host/matmul_kernels.h",
+        "rest < kTileK ? rest : kTileK",
+        "rest < kTileK ? rest / 2 * 2 : kTileK",
+    ),
+    Mutant(
+        "tail-column",
+        "the last column of a partial tile is zero",
+        "cuda/host/matmul_kernels.h",
+        "  from_f32(values, p.out_type, p.n - column < kTileN ?",
+        "  if (p.n - column < kTileN) values[p.n - column - 1] = 0;\n"
+        "  from_f32(values, p.out_type, p.n - column < kTileN ?",
+    ),
+    Mutant(
+        "m-tail",
+        "of two rows of x left over one is computed",
+        "cuda/host/matmul_kernels.h",
+        "case 2: return block(t, std::integral_constant<int, 2>{});",
+        "case 2: return block(t, std::integral_constant<int, 1>{});",
+    ),
+    Mutant(
+        "transposed-n-tail",
+        "the transposed product drops the last tile row of an odd number",
+        "cuda/host/matmul_kernels.h",
+        "for (int64_t row = 0; row < p.tile_rows(); row += kSpanRows / kTileN) {",
+        "for (int64_t row = 0; row + 1 < p.tile_rows(); row += kSpanRows / kTileN) {",
+    ),
+    Mutant(
+        "batch",
+        "every weight of a batch is the first",
+        "cuda/host/matmul_kernels.h",
+        "const int64_t tile_row = c.weight * p.tile_rows() + row;",
+        "const int64_t tile_row = row;",
+    ),
+    Mutant(
+        "token-groups",
+        "rows of x beyond the first chunk of rows are those of the first",
+        "cuda/host/matmul.cc",
+        "&x_[(weight * pass.tokens + token) * stride_]",
+        "&x_[weight * pass.tokens * stride_]",
+    ),
+    Mutant(
+        "bf16-rounding",
+        "bfloat16 results are truncated instead of rounded",
+        "cuda/host/scalars.h",
+        "(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16",
+        "bits >> 16",
+    ),
+)

@@ -1,0 +1,29 @@
+// Stand-in for cuda_bf16.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 h) { return h.bits; }
+inline float __bfloat162float(__nv_bfloat16 h) { return __uint_as_float(static_cast<uint32_t>(h.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rz(float f) {
+  const uint32_t bits = __float_as_uint(f);
+  return {static_cast<uint16_t>(std::isnan(f) ? 0x7fff : bits >> 16)};
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  const uint32_t bits = __float_as_uint(f);
+  if (std::isnan(f)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {__float2bfloat16_rn(f), __float2bfloat16_rn(f)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(__bfloat162float(a.x) - __bfloat162float(b.x),
+                               __bfloat162float(a.y) - __bfloat162float(b.y));
+}

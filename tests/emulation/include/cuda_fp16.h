@@ -1,0 +1,29 @@
+// Stand-in for cuda_fp16.h: IEEE half precision through the compiler's _Float16.
+#pragma once
+
+#include <cuda_runtime.h>
+
+struct __half {
+  uint16_t bits;
+};
+struct __half2 {
+  __half x, y;
+};
+
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline uint16_t __half_as_ushort(__half h) { return h.bits; }
+inline float __half2float(__half h) {
+  _Float16 f;
+  memcpy(&f, &h.bits, sizeof f);
+  return static_cast<float>(f);
+}
+inline __half __float2half_rn(float f) {
+  const auto h = static_cast<_Float16>(f);
+  __half r;
+  memcpy(&r.bits, &h, sizeof h);
+  return r;
+}
+inline __half2 __float2half2_rn(float f) { return {__float2half_rn(f), __float2half_rn(f)}; }
+// The difference of two halves is exact in float, so this rounds once.
+inline __half __hsub(__half a, __half b) { return __float2half_rn(__half2float(a) - __half2float(b)); }
+inline __half2 __hsub2(__half2 a, __half2 b) { return {__hsub(a.x, b.x), __hsub(a.y, b.y)}; }

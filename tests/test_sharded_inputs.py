@@ -1,0 +1,70 @@
+"""QTensors whose planes are sharded give right numbers under jit, whatever XLA gathers: four CPU devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from cases import random_weight
+import jax_qgemm as qg
+from jax_qgemm.testing import check_product, product_limit
+
+assert jax.device_count() == 4, jax.devices()
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+limit = product_limit("float32")
+rng = np.random.default_rng(0)
+
+def put(tree, spec):
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+
+for name, k in (("q4_0", 256), ("q4_k", 1024), ("int4", 512)):
+    w, dense = random_weight(qg.formats.get_format(name), 64, k, rng)
+    x = rng.standard_normal((8, k)).astype(np.float32)
+    for x_spec, w_spec in ((P(), P("d")), (P("d"), P()), (P(None, "d"), P(None, "d")), (P("d"), P("d"))):
+        xs, ws = put(x, x_spec), put(w, w_spec)
+        check_product(jax.jit(qg.matmul)(xs, ws), x, dense, limit)
+        dx = jax.jit(jax.grad(lambda x, w: jnp.sum(qg.matmul(x, w))))(xs, ws)
+        check_product(dx, np.ones((8, 64)), dense.T, limit)
+    rows = jax.jit(qg.take)(put(w, P("d")), np.array([0, 63, 17]))
+    np.testing.assert_array_equal(np.asarray(rows), dense.T[[0, 63, 17]].astype(np.float32))
+
+stacked, dense = random_weight(qg.formats.get_format("q8_0"), 32, 64, rng, batch=4)
+x = rng.standard_normal((4, 3, 64)).astype(np.float32)
+out = jax.jit(jax.vmap(qg.matmul))(put(x, P("d")), put(stacked, P("d")))
+check_product(out, x, dense, limit)
+
+# Inside shard_map the local view is an ordinary QTensor: here each device has a quarter of n.
+w, dense = random_weight(qg.formats.get_format("q4_0"), 128, 64, rng)
+x = x[0]
+local = jax.shard_map(qg.matmul, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(None, "d"), check_vma=False)
+check_product(jax.jit(local)(x, put(w, P("d"))), x, dense, limit)
+print("right")
+"""
+
+
+@pytest.fixture(scope="module")
+def environment():
+    here = Path(__file__).parent
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+    }
+
+
+def test_sharded_planes(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "right"
