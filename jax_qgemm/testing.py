@@ -83,9 +83,7 @@ def check_product(out: Any, x: Any, w: Any, limit: float) -> None:
         raise AssertionError(f"the product has shape {out.shape}, expected {expected.shape}")
     error = nmse(out, expected)
     if not error <= limit:
-        raise AssertionError(
-            f"NMSE {error:.3g} of the whole output exceeds {limit:.3g}; {_worst(out, expected)}"
-        )
+        raise AssertionError(f"NMSE {error:.3g} of the whole output exceeds {limit:.3g}; {_worst(out, expected)}")
     squared_error, energy = (out - expected) ** 2, (x**2) @ (w**2)
     for name, axis in (("row", -1), ("column", -2)):
         if out.ndim < -axis or out.shape[axis] < _SLICE_ELEMENTS:

@@ -5,6 +5,7 @@ tests run until the first failure. The result goes to tests/mutants.json, for a 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mutants_table import MUTANTS, Mutant
@@ -33,7 +35,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 PYTEST_FAILED = 1
 
 
-def find_stale(root: Path) -> list[str]:
+def find_stale(root: Path = ROOT) -> list[str]:
     """Mutants whose `old` text does not occur exactly once in their file."""
     return [
         f"{m.name}: its text occurs {count} times in {m.path}, expected once"
@@ -85,19 +87,20 @@ class Workbench:
             sys.exit(f"pytest ended with status {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
         return None
 
-    def apply(self, mutant: Mutant) -> None:
+    @contextlib.contextmanager
+    def mutated(self, mutant: Mutant) -> Iterator[None]:
         path = self.tree / mutant.path
-        path.write_text(path.read_text().replace(mutant.old, mutant.new))
-
-    def restore(self, mutant: Mutant) -> None:
-        (self.tree / mutant.path).write_text((ROOT / mutant.path).read_text())
+        text = path.read_text()
+        path.write_text(text.replace(mutant.old, mutant.new))
+        yield
+        path.write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants; the result is not written")
     arguments = parser.parse_args()
-    if stale := find_stale(ROOT):
+    if stale := find_stale():
         sys.exit("mutants that no longer fit the sources:\n" + "\n".join(stale))
     names = [m.name for m in MUTANTS]
     if unknown := set(arguments.only or ()) - set(names):
@@ -113,9 +116,8 @@ def main() -> None:
         results = []
         for mutant in chosen:
             start = time.monotonic()
-            bench.apply(mutant)
-            caught_by = bench.caught_by()
-            bench.restore(mutant)
+            with bench.mutated(mutant):
+                caught_by = bench.caught_by()
             results.append({**dataclasses.asdict(mutant), "caught_by": caught_by})
             took = f"({time.monotonic() - start:.0f} s)"
             print(f"{mutant.name}: {mutant.what}\n  {caught_by or 'SURVIVED'} {took}", flush=True)

@@ -12,7 +12,7 @@ METADATA = {
     "general.architecture": "gemma3",
     "general.name": "tiny",
     "gemma3.context_length": 1024,
-    "gemma3.block_count": 3,
+    "gemma3.block_count": 2,
     "gemma3.embedding_length": 64,
     "gemma3.feed_forward_length": 96,
     "gemma3.attention.head_count": 4,
@@ -21,7 +21,7 @@ METADATA = {
     "gemma3.attention.value_length": 16,
     "gemma3.attention.layer_norm_rms_epsilon": 1e-6,
     "gemma3.attention.sliding_window": 8,
-    "gemma3.attention.sliding_window_pattern": 3,
+    "gemma3.attention.sliding_window_pattern": 2,
     "gemma3.rope.freq_base": 1e6,
     "gemma3.rope.scaling.type": "linear",
     "gemma3.rope.scaling.factor": 8.0,
@@ -93,9 +93,9 @@ def oracle_logits(tensors: dict, ids: list[int]) -> np.ndarray:
 
     t = len(ids)
     x = w["token_embd"].T[ids] * 8.0
-    for layer in range(3):
+    for layer in range(2):
         p = f"blk.{layer}."
-        sliding = layer % 3 != 2
+        sliding = layer == 0
         rope = (1e4, 1.0) if sliding else (1e6, 1 / 8)
         h = norm(x, w[p + "attn_norm"])
         q = norm((h @ w[p + "attn_q"]).reshape(t, 4, 32), w[p + "attn_q_norm"])

@@ -16,9 +16,7 @@ def cover(factors: Mapping[str, Sequence[Any]], *, seed: int, count: int = 0) ->
     rng = np.random.default_rng(seed)
     names = list(factors)
     sizes = [len(factors[name]) for name in names]
-    missing = {
-        (i, j): np.ones((sizes[i], sizes[j]), bool) for i, j in itertools.permutations(range(len(names)), 2)
-    }
+    missing = {(i, j): np.ones((sizes[i], sizes[j]), bool) for i, j in itertools.permutations(range(len(names)), 2)}
     rows: dict[tuple[int, ...], None] = {}
     while (worst := max(missing, key=lambda pair: missing[pair].sum())) and missing[worst].any():
         chosen = dict(zip(worst, map(int, rng.choice(np.argwhere(missing[worst]))), strict=True))

@@ -85,7 +85,7 @@ def test_cached_chunks_equal_full_forward(model, ids, expected, sizes, length):
 def test_sliding_layers_keep_only_what_they_see(model):
     cache = new_cache(model.config, 1024, model.dtype)
     assert [(k.shape, v.shape) for k, v in cache.layers] == [
-        ((1, 2, slots, 32), (1, 2, slots, 16)) for slots in (8, 8, 1024)
+        ((1, 2, slots, 32), (1, 2, slots, 16)) for slots in (8, 1024)
     ]
 
 
@@ -117,8 +117,8 @@ def test_embedding_and_output_are_one_qtensor(model, tensors):
 
 def test_missing_tensor_raises(tensors):
     config = Config.from_metadata(tiny.METADATA)
-    with pytest.raises(ValueError, match=r"no tensor blk\.2\.ffn_up\.weight"):
-        Gemma3(config, {n: t for n, t in tensors.items() if n != "blk.2.ffn_up.weight"})
+    with pytest.raises(ValueError, match=r"no tensor blk\.1\.ffn_up\.weight"):
+        Gemma3(config, {n: t for n, t in tensors.items() if n != "blk.1.ffn_up.weight"})
 
 
 @pytest.mark.parametrize("prompt", [1, 17, 260])
@@ -138,12 +138,16 @@ def test_generation_streams_and_stops(generate, ids, monkeypatch):
         assert [i for c in generate(ids[:9], 10) for i in c] == tokens[: tokens.index(stop)]
 
 
-def test_generation_compiles_once_per_shape(model, ids):
-    generate = Generator(model)
-    list(generate(ids[:3], 20))
-    assert generate.timing.compile_s > 0
+def test_generation_compiles_once_per_shape_and_repeats_its_seed(model, ids):
+    generate = Generator(model, sampling=Sampling(1.0, top_k=50))
+    runs, compilations = [], []
+    for seed in (0, 0, 1):
+        runs.append([i for chunk in generate(ids[:5], 24, seed) for i in chunk])
+        compilations.append(generate.timing.compile_s)
+    assert runs[0] == runs[1] != runs[2]
+    assert compilations[0] > 0
     list(generate(ids[:14], 30))
-    assert generate.timing.compile_s == 0
+    assert [*compilations[1:], generate.timing.compile_s] == [0, 0, 0]
     assert generate.timing.prefill_tokens == 14
     assert generate.timing.decode_tokens == 32
 
@@ -171,15 +175,9 @@ def test_sampling_draws_by_probability():
     assert frequencies(Sampling())[0] == 1
 
 
-def test_seeds_repeat_and_differ(model, ids):
-    generate = Generator(model, sampling=Sampling(1.0, top_k=50))
-    runs = [[i for c in generate(ids[:5], 24, seed) for i in c] for seed in (0, 0, 1)]
-    assert runs[0] == runs[1] != runs[2]
-
-
 def test_compare_finds_no_error_and_finds_a_planted_one(model, tensors, ids):
     rows = list(compare(model, ids[:22]))
-    assert [r.name for r in rows] == ["layer 0", "layer 1", "layer 2", "logits"]
+    assert [r.name for r in rows] == ["layer 0", "layer 1", "logits"]
     assert rows[0].formats == "q4_0 q4_1 q5_0 q5_1 q8_0"
     assert rows[-1].formats == "q8_0"
     assert all(r.error < 1e-10 and r.total_error < 1e-10 for r in rows)
@@ -228,10 +226,10 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "sliding"),
         [
-            ({"gemma3.attention.sliding_window_pattern": [True, False, True]}, (1, 0, 1)),
-            ({"gemma3.attention.sliding_window_pattern": np.array([False, True, True])}, (0, 1, 1)),
-            ({"gemma3.attention.sliding_window_pattern": 2}, (1, 0, 1)),
-            ({"gemma3.attention.sliding_window": 0}, (0, 0, 0)),
+            ({"gemma3.attention.sliding_window_pattern": [True, True]}, (1, 1)),
+            ({"gemma3.attention.sliding_window_pattern": np.array([False, True])}, (0, 1)),
+            ({"gemma3.attention.sliding_window_pattern": 1}, (0, 0)),
+            ({"gemma3.attention.sliding_window": 0}, (0, 0)),
         ],
     )
     def test_sliding_patterns(self, changes, sliding):
@@ -243,7 +241,7 @@ class TestConfig:
             ({"general.architecture": "llama"}, "must be 'gemma3', got 'llama'"),
             ({"gemma3.block_count": None}, "no gemma3.block_count"),
             ({"gemma3.rope.scaling.type": "yarn"}, "must be 'linear' or 'none', got 'yarn'"),
-            ({"gemma3.attention.sliding_window_pattern": [True]}, "must have 3 entries, got 1"),
+            ({"gemma3.attention.sliding_window_pattern": [True]}, "must have 2 entries, got 1"),
         ],
     )
     def test_bad_metadata(self, changes, message):

@@ -296,9 +296,7 @@ def test_alignment(tmp_path, alignment):
     loaded, metadata = io.load_gguf(path)
     header = io.read_gguf_header(path)
     assert metadata["general.alignment"] == header.alignment == alignment
-    assert [t.data_offset for t in gguf.GGUFReader(path).tensors] == [
-        t.offset for t in header.tensors.values()
-    ]
+    assert [t.data_offset for t in gguf.GGUFReader(path).tensors] == [t.offset for t in header.tensors.values()]
     io.save_gguf(again, loaded, metadata)
     assert again.read_bytes() == path.read_bytes()
     io.save_gguf(again, loaded, {**metadata, "general.alignment": np.uint32(alignment)})

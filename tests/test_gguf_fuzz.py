@@ -18,9 +18,7 @@ SMALL = gb.small().data
 _SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 NUMBERS = st.one_of(
-    st.sampled_from(
-        [0, 1, 7, 8, 9, 13, 31, 32, 64, 255, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
-    ),
+    st.sampled_from([0, 1, 7, 8, 9, 13, 31, 32, 64, 255, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]),
     st.integers(0, 2**64 - 1),
     st.integers(0, 300),
 )
@@ -102,9 +100,9 @@ def test_what_is_accepted_is_what_gguf_py_reads(tmp_path, data):
         return
     reader = gguf.GGUFReader(path)
     assert reader.alignment == header.alignment
-    assert [
-        (t.name, t.tensor_type.name.lower(), t.shape.tolist()[::-1], t.data_offset) for t in reader.tensors
-    ] == [(t.name, t.type, list(t.shape), t.offset) for t in header.tensors.values()]
+    assert [(t.name, t.tensor_type.name.lower(), t.shape.tolist()[::-1], t.data_offset) for t in reader.tensors] == [
+        (t.name, t.type, list(t.shape), t.offset) for t in header.tensors.values()
+    ]
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert list(fields) == list(header.metadata)
 

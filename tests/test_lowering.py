@@ -69,9 +69,7 @@ def test_cuda_lowering_exports(op, dtype):
 @pytest.mark.parametrize("format", cases.ALL_FORMATS, ids=str)
 def test_cuda_lowering_of_every_format(format):
     w, _ = random_weight(format, 48, format.k_block, np.random.default_rng(0))
-    module = _export(
-        jax.grad(_loss), jax.ShapeDtypeStruct((M, format.k_block), jnp.bfloat16), w
-    ).mlir_module()
+    module = _export(jax.grad(_loss), jax.ShapeDtypeStruct((M, format.k_block), jnp.bfloat16), w).mlir_module()
     assert module.count(f"custom_call @{MATMUL_TARGET}") == 2
     assert f'format = "{format.name}"' in module
     assert "transpose = true" in module
@@ -211,9 +209,7 @@ def test_gpu_slices_reach_the_kernel_without_a_copy(format, op):
     fusions = [i for i in instructions if any(f"calls=%{name}" in i.line for name in with_call)]
     assert len(fusions) == len(calls), f"a custom call stands outside a fusion in\n{text}"
     for fusion in fusions:
-        assert re.search(r'"name":"(dynamic_)?address_computation"|"kind":"__dynamic_slice', fusion.line), (
-            fusion.line
-        )
+        assert re.search(r'"name":"(dynamic_)?address_computation"|"kind":"__dynamic_slice', fusion.line), fusion.line
     planes = {f"{jnp.dtype(p.dtype).name[0]}{p.dtype.itemsize * 8}[{d}]" for p in w.planes for d in (
         ",".join(map(str, p.shape[1:])), ",".join(map(str, (1, *p.shape[1:]))))}  # fmt: skip
     for i in instructions:
@@ -221,9 +217,7 @@ def test_gpu_slices_reach_the_kernel_without_a_copy(format, op):
         assert inside or i.dims not in planes or i.opcode in ("parameter", "get-tuple-element"), (
             f"a layer is copied: {i.line}\nin\n{text}"
         )
-    check_product(
-        jax.jit(function)(x, w), np.broadcast_to(x, (LAYERS, M, K)), dense, product_limit("float32")
-    )
+    check_product(jax.jit(function)(x, w), np.broadcast_to(x, (LAYERS, M, K)), dense, product_limit("float32"))
 
 
 @pytest.mark.gpu

@@ -64,9 +64,7 @@ def test_vmap_over_indices_and_tables():
     indices = rng.integers(0, 20, (3, 5))
     out = jax.jit(jax.vmap(qg.take))(w, indices)
     rows = dense.swapaxes(1, 2).astype(np.float32)
-    np.testing.assert_array_equal(
-        np.asarray(out), np.stack([r[i] for r, i in zip(rows, indices, strict=True)])
-    )
+    np.testing.assert_array_equal(np.asarray(out), np.stack([r[i] for r, i in zip(rows, indices, strict=True)]))
     out = jax.jit(jax.vmap(lambda i: qg.take(w[1], i)))(indices)
     np.testing.assert_array_equal(np.asarray(out), rows[1][indices])
 

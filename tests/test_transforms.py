@@ -109,8 +109,7 @@ def _grad_of_vmap(case):
 
 
 TRANSFORMS = {
-    f.__name__.lstrip("_"): f
-    for f in (_jit, _vmap_x, _vmap_w, _vmap_both, _jvp, _grad, _scan, _remat, _grad_of_vmap)
+    f.__name__.lstrip("_"): f for f in (_jit, _vmap_x, _vmap_w, _vmap_both, _jvp, _grad, _scan, _remat, _grad_of_vmap)
 }
 _FEW = ("q4_0", "q4_k", "q6_k", "mxfp4", "iq4_xs", "int4", "int3")
 _FEW_FORMATS = tuple(f for f in FORMATS if f.name in _FEW)

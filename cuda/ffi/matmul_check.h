@@ -26,16 +26,16 @@ xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs plan
                              Product* product);
 
 // The part of the binding that both platforms share.
-#define JAX_QGEMM_MATMUL_OPERANDS()         \
-  Arg<xla::ffi::AnyBuffer>()                \
-      .RemainingArgs()                      \
-      .Ret<xla::ffi::AnyBuffer>()           \
-      .Attr<std::string_view>("format")     \
-      .Attr<std::string_view>("kernel")     \
-      .Attr<int64_t>("group_size")          \
-      .Attr<int64_t>("scale_type")          \
-      .Attr<int64_t>("batch_ndim")          \
-      .Attr<bool>("transpose")              \
+#define JAX_QGEMM_MATMUL_OPERANDS()     \
+  Arg<xla::ffi::AnyBuffer>()            \
+      .RemainingArgs()                  \
+      .Ret<xla::ffi::AnyBuffer>()       \
+      .Attr<std::string_view>("format") \
+      .Attr<std::string_view>("kernel") \
+      .Attr<int64_t>("group_size")      \
+      .Attr<int64_t>("scale_type")      \
+      .Attr<int64_t>("batch_ndim")      \
+      .Attr<bool>("transpose")          \
       .Attr<bool>("highest")
 
 }  // namespace jax_qgemm

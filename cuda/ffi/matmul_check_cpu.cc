@@ -12,19 +12,30 @@ ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument
 
 bool scalar_of(ffi::DataType type, Scalar* scalar) {
   switch (type) {
-    case ffi::DataType::F16: *scalar = Scalar::kF16; return true;
-    case ffi::DataType::BF16: *scalar = Scalar::kBF16; return true;
-    case ffi::DataType::F32: *scalar = Scalar::kF32; return true;
-    default: return false;
+    case ffi::DataType::F16:
+      *scalar = Scalar::kF16;
+      return true;
+    case ffi::DataType::BF16:
+      *scalar = Scalar::kBF16;
+      return true;
+    case ffi::DataType::F32:
+      *scalar = Scalar::kF32;
+      return true;
+    default:
+      return false;
   }
 }
 
 int64_t bits_of(ffi::DataType type) {
   switch (type) {
-    case ffi::DataType::U8: return 8;
-    case ffi::DataType::U16: return 16;
-    case ffi::DataType::U32: return 32;
-    default: return 0;
+    case ffi::DataType::U8:
+      return 8;
+    case ffi::DataType::U16:
+      return 16;
+    case ffi::DataType::U32:
+      return 32;
+    default:
+      return 0;
   }
 }
 
@@ -106,9 +117,8 @@ ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result
   p->x = x.untyped_data();
   p->out = out->untyped_data();
   ffi::Error error = ffi::Error::Success();
-  const bool known = with_format(a.format, [&](auto format) {
-    error = check_planes<decltype(format)>(planes, a, p->batch, p);
-  });
+  const bool known =
+      with_format(a.format, [&](auto format) { error = check_planes<decltype(format)>(planes, a, p->batch, p); });
   return known ? error : invalid("unknown format " + std::string(a.format));
 }
 

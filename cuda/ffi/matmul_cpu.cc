@@ -8,9 +8,9 @@ namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
 
-ffi::Error matmul_cpu(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
-                      std::string_view format, std::string_view kernel, int64_t group_size, int64_t scale_type, int64_t batch_ndim,
-                      bool transpose, bool highest) {
+ffi::Error matmul_cpu(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs planes,
+                      ffi::Result<ffi::AnyBuffer> out, std::string_view format, std::string_view kernel,
+                      int64_t group_size, int64_t scale_type, int64_t batch_ndim, bool transpose, bool highest) {
   Product product;
   const MatmulAttributes attributes{format, kernel, group_size, scale_type, batch_ndim, transpose, highest};
   if (ffi::Error error = make_product(x, planes, out, attributes, &product); error.failure()) return error;

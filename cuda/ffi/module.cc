@@ -65,8 +65,8 @@ nb::dict plane_tables() {
 
 using Plane = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
-nb::object dequantize(const std::string& format, const std::vector<Plane>& planes, int64_t n, int64_t k,
-                      int group_size, int scale_type) {
+nb::object dequantize(const std::string& format, const std::vector<Plane>& planes, int64_t n, int64_t k, int group_size,
+                      int scale_type) {
   if (planes.size() > jax_qgemm::kMaxPlanes) throw std::invalid_argument("planes: too many");
   jax_qgemm::Weight w{};
   for (size_t i = 0; i < planes.size(); ++i) w.planes[i] = planes[i].data();
@@ -90,7 +90,8 @@ NB_MODULE(_native, m) {
   m.def(
       "set_host_instruction_set",
       [](const std::string& name) {
-        if (!jax_qgemm::host::set_instruction_set(name)) throw std::invalid_argument("name: no instruction set " + name);
+        if (!jax_qgemm::host::set_instruction_set(name))
+          throw std::invalid_argument("name: no instruction set " + name);
       },
       "name"_a, "For tests: makes later products on the CPU use it; \"\" is the best that this CPU has.");
 }

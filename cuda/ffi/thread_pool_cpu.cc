@@ -1,11 +1,11 @@
-#include "ffi/thread_pool.h"
-
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
+
+#include "ffi/thread_pool.h"
 
 namespace jax_qgemm {
 namespace {

@@ -1,8 +1,9 @@
 // What every weight format is made of: its planes, its codes and its per-group scale, for host and device alike.
 //
-// The layout is described in jax_qgemm/formats/layout.py. In short: a tile is 16 rows of n by 64 of k; lane 4g+t holds 8
-// runs of 4 codes, run 2s+h being row g+8h of k-step s, element e being k = 16s + 2t + (e>>1) + 8(e&1); a plane of b bits
-// keeps run r in the lane's word r/(8/b), at bit b*(r%(8/b)) of each byte. Per-group values keep rows g, g+8 side by side.
+// The layout is described in jax_qgemm/formats/layout.py. In short: a tile is 16 rows of n by 64 of k; lane 4g+t holds
+// 8 runs of 4 codes, run 2s+h being row g+8h of k-step s, element e being k = 16s + 2t + (e>>1) + 8(e&1); a plane of b
+// bits keeps run r in the lane's word r/(8/b), at bit b*(r%(8/b)) of each byte. Per-group values keep rows g, g+8 side
+// by side.
 //
 // A format F is a struct of static members:
 //   kPlanes                 the plane table, which tests compare with the Python one
@@ -38,7 +39,8 @@ constexpr int kTileN = 16;
 constexpr int kTileK = 64;
 constexpr int kMaxPlanes = 6;
 
-// One plane: `bits` of every code from bit `shift` up, or (code false) a value of `bits` for every `group` elements of k.
+// One plane: `bits` of every code from bit `shift` up, or (code false) a value of `bits` for every `group` elements of
+// k.
 struct PlaneSpec {
   const char* name;
   bool code;

@@ -1,4 +1,5 @@
-// int2, int3, int4 and int8 with one scale per group or per channel; group, scale type and zero points are run-time values.
+// int2, int3, int4 and int8 with one scale per group or per channel; group, scale type and zero points are run-time
+// values.
 #pragma once
 
 #include "formats/format.cuh"

@@ -1,4 +1,5 @@
-// ggml's k-quants: super-blocks of 256 with float16 scales, whose groups of 16 or 32 have small integer scales of their own.
+// ggml's k-quants: super-blocks of 256 with float16 scales, whose groups of 16 or 32 have small integer scales of their
+// own.
 #pragma once
 
 #include "formats/format.cuh"

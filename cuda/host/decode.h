@@ -1,73 +1,67 @@
 // From planes to float32 values, in the permuted order of kernels.h. Included only by matmul_<instruction set>.cc.
 #pragma once
 
+#include <type_traits>
+
 #include "formats/tile_codes.cuh"
 #include "host/vector.h"
 
 namespace jax_qgemm::host::QG_ISA {
 
-// The scales of one k-block (integer formats: one tile of k), in the order of the planes.
+// Scales, minimums and zero points of a tile row for kTiles tiles of k, in the order of the group planes.
 template <class F>
 struct Affines {
-  static constexpr bool kFixed = F::kGroup != 0;  // else group size and zero points are run-time values
+  static constexpr bool kFixed = F::kGroup != 0;  // else the group size is a run-time value, and there are zero points
   static constexpr int kGroup = kFixed ? F::kGroup : 16;
   static constexpr int kTiles = kFixed ? F::kKBlock / kTileK : 1;
   static constexpr int kGroups = kTiles * kTileK / kGroup;
 
-  alignas(64) float scale[8][kGroups][2];
-  alignas(64) float minimum[F::kHasMinimum ? 8 : 1][kGroups][2];
-  alignas(64) float zero[kFixed ? 1 : 8][kGroups][2];
+  using Values = float[8][kGroups][2];
+  struct Absent {};
+  alignas(64) Values scale;
+  std::conditional_t<F::kHasMinimum, Values, Absent> minimum;
+  std::conditional_t<kFixed, Absent, Values> zero;  // minus F::kZero
+  int64_t loaded = -1;                              // where the values of an integer format came from
 
-  int64_t loaded_row = -1;  // several tiles may share their scales
-
-  QG_INLINE void set(Affines& a, int g, int j, const AffinePair& pair) {
+  QG_INLINE void set(int g, int j, const AffinePair& pair) {
     for (int h = 0; h < 2; ++h) {
-      a.scale[g][j][h] = pair.row[h].scale;
-      if constexpr (F::kHasMinimum) a.minimum[g][j][h] = pair.row[h].minimum;
-      if constexpr (!kFixed) a.zero[g][j][h] = static_cast<float>(pair.row[h].zero - F::kZero);
+      scale[g][j][h] = pair.row[h].scale;
+      if constexpr (F::kHasMinimum) minimum[g][j][h] = pair.row[h].minimum;
+      if constexpr (!kFixed) zero[g][j][h] = static_cast<float>(pair.row[h].zero - F::kZero);
     }
   }
 
-  // Fills in the block that starts at `tile` of tile row `tile_row`.
-  __attribute__((always_inline)) void load(const Weight& w, int64_t tile_row, int64_t tile) {
+  // `tile` is the first of kTiles.
+  QG_INLINE void load(const Weight& w, int64_t tile_row, int64_t tile) {
     if constexpr (kFixed) {
       const int64_t row = (tile_row * w.k_blocks + tile / kTiles) * 8;
       for (int g = 0; g < 8; ++g) {
-        for (int j = 0; j < kGroups; ++j) {
-          set(*this, g, j, F::affine_at(w, ((row + g) * kGroups + j) * 2, (row + g) * 2));
-        }
+        for (int j = 0; j < kGroups; ++j) set(g, j, F::affine_at(w, ((row + g) * kGroups + j) * 2, (row + g) * 2));
       }
     } else {
-      const int64_t per_block = w.group && w.group < kTileK ? kTileK / w.group : 1;
-      const int64_t block = w.group ? tile * kTileK / (w.group * per_block) : 0;
+      const int64_t groups = w.group && w.group < kTileK ? kTileK / w.group : 1;  // in a k-block
+      const int64_t block = w.group ? tile * kTileK / (w.group * groups) : 0;
       const int64_t row = (tile_row * (w.group ? w.k_blocks : 1) + block) * 8;
-      if (row == loaded_row) return;
-      loaded_row = row;
-      if (per_block == 1) {
-        for (int g = 0; g < 8; ++g) {
-          const AffinePair pair = F::affine_at(w, (row + g) * 2, 0);
-          for (int j = 0; j < kGroups; ++j) set(*this, g, j, pair);
-        }
-      } else {
-        for (int g = 0; g < 8; ++g) {
-          for (int j = 0; j < kGroups; ++j) {
-            set(*this, g, j, F::affine_at(w, ((row + g) * per_block + j * per_block / kGroups) * 2, 0));
-          }
+      if (row == loaded) return;
+      loaded = row;
+      for (int g = 0; g < 8; ++g) {
+        const AffinePair first = F::affine_at(w, (row + g) * groups * 2, 0);
+        for (int j = 0; j < kGroups; ++j) {
+          set(g, j, groups == 1 ? first : F::affine_at(w, ((row + g) * groups + j * groups / kGroups) * 2, 0));
         }
       }
     }
   }
 
-  // For row g + 8h: the values of `tile` of this block, a lane for every word [t][s].
-  QG_INLINE Floats lanes(const float (&values)[8][kGroups][2], int g, int h, int tile) {
-    const float* first = values[g][tile * kTileK / kGroup];
+  // For row g + 8h: the values of tile `tile` of kTiles, a lane for every word [t][s].
+  static QG_INLINE Floats lanes(const Values& values, int g, int h, int tile) {
     constexpr Words index = each_lane([](int i) { return i % 4 * 16 / kGroup * 2; });
+    const float* first = values[g][tile * kTileK / kGroup];
     return (Floats)spread<kTileK / kGroup * 2>(first, index + static_cast<uint32_t>(h));
   }
 };
 
-// The codes of rows g and g+8 of a tile of one plane: words [t][s] of four bytes. Those of the tile `ahead` tiles further
-// are prefetched.
+// The codes of rows g and g+8 of a tile of one plane, words [t][s] of four bytes. Prefetches those `ahead` tiles on.
 template <int Bits>
 QG_INLINE void plane_rows(const void* plane, int64_t tile, int64_t ahead, int g, Words (&out)[2][kTileVectors]) {
   const auto* words = static_cast<const uint32_t*>(plane) + tile * (32 * Bits);
@@ -103,7 +97,7 @@ QG_INLINE void plane_rows(const void* plane, int64_t tile, int64_t ahead, int g,
 template <class F>
 QG_INLINE Bytes signed_levels(Words codes) {
   if constexpr (F::kHasTable) {
-    alignas(64) static constexpr struct Table {
+    static constexpr struct Table {
       uint8_t entry[4 * kWidth];
       constexpr Table() : entry() {
         for (int i = 0; i < 4 * kWidth; ++i) entry[i] = static_cast<uint8_t>(F::table(i % 16) - F::kZero);
@@ -115,11 +109,11 @@ QG_INLINE Bytes signed_levels(Words codes) {
   }
 }
 
-// Calls sink(row, position, values) for the values of rows [0, 16) of tiles [first, last), which are whole k-blocks;
-// positions, of kWidth values each, are permuted and count from the first tile. Every value is the format's, to the bit.
-// `ahead`: how far to prefetch codes, in tiles.
+// Calls sink(row, position, values) for the 16 rows of tiles [first, last), which are whole k-blocks. The kWidth values
+// from a position on are permuted; positions count from the first tile. Every value is the format's own, to the bit.
 template <class F, class Sink>
-QG_INLINE void decode_tiles(const Weight& w, int64_t tile_row, int64_t first, int64_t last, int64_t ahead, Sink&& sink) {
+QG_INLINE void decode_tiles(const Weight& w, int64_t tile_row, int64_t first, int64_t last, int64_t ahead,
+                            Sink&& sink) {
   using A = Affines<F>;
   const int64_t tiles = w.k_blocks * (k_block_of<F>(w) / kTileK);
   A affines;

@@ -1,7 +1,7 @@
 // The product's inner kernels, compiled once for each instruction set, and what the driver in matmul.cc needs of them.
 //
-// Permuted order: inside a tile of 64 of k, position 16e + 4t + s holds k = 16s + 2t + (e>>1) + 8(e&1), so that the codes
-// of a row are 16 words [t][s] of four bytes e, as in the planes. x is permuted once; weights decode into this order.
+// Permuted order: inside a tile of 64 of k, position 16e + 4t + s holds k = 16s + 2t + (e>>1) + 8(e&1), because planes
+// give the codes of a row as 16 words [t][s] of four bytes e. x is permuted once; weights decode into this order.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,19 @@
 
 namespace jax_qgemm::host {
 
-constexpr int kSlab = 512;      // elements of k decoded at a time, and summed before they join the total
-constexpr int kSpan = 256;      // elements of k that a chunk of the transposed product owns
-constexpr int kSpanRows = 32;   // rows of n decoded at a time for it
+constexpr int kSlab = 512;     // elements of k decoded at a time; their products are summed before they join the total
+constexpr int kSpan = 256;     // the same for the transposed product, whose sums are over n: elements of k ...
+constexpr int kSpanRows = 32;  // ... and rows of n
 constexpr int kMaxTokens = 128;  // rows of x in one chunk
+constexpr int kFormats = 0
+#define X(F) +1
+#include "formats/formats.def"
+#undef X
+    ;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Some rows of x against a part of one weight of the batch.
+// Some rows of x (tokens) against a part of one weight of the batch.
 struct Chunk {
   int64_t weight;       // index in the batch
   int64_t first_token;  // in [0, m)
@@ -39,8 +44,7 @@ struct FormatKernels {
 };
 
 struct KernelSet {
-  const char* name;
-  FormatKernels formats[32];  // those of formats.def, then nulls
+  FormatKernels formats[kFormats];
   void (*permute)(const Product&, int64_t row, float* out, int64_t stride);  // row of x to float32, permuted
   void (*widen)(const Product&, int64_t row, float* out, int64_t stride);    // row of x to float32
 };

@@ -40,7 +40,8 @@ struct AlignedDelete {
 using Scratch = std::unique_ptr<float[], AlignedDelete>;
 
 Scratch allocate(int64_t floats) {
-  return Scratch(static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
+  return Scratch(
+      static_cast<float*>(::operator new[](static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64})));
 }
 
 // Costs on one core of a recent CPU: only the sizes of chunks depend on them.
@@ -99,8 +100,8 @@ class Driver {
                         prepare(p_, weight * p_.m + pass.first_token + i % pass.tokens, &x_[i * stride_], stride_);
                       }
                     });
-    const int64_t tokens = std::min<int64_t>(pass.tokens, kMaxTokens);
-    const int64_t groups = (pass.tokens + tokens - 1) / tokens;  // of tokens
+    const int64_t groups = (pass.tokens + kMaxTokens - 1) / kMaxTokens;  // of tokens, all of about the same size
+    const int64_t tokens = (pass.tokens + groups - 1) / groups;
     const double seconds = weights_per_unit_ * (kDecodeSeconds + kMultiplySeconds * static_cast<double>(tokens));
     parallel_ranges(parallel_for_, width_, pass.weights * groups * units_, seconds, [&](int64_t first, int64_t last) {
       const Scratch scratch = allocate(scratch_floats(tokens));
@@ -108,13 +109,8 @@ class Driver {
         const int64_t outer = first / units_, unit = first % units_;
         const int64_t end = std::min(units_, unit + last - first);
         const int64_t token = outer % groups * tokens, weight = outer / groups;
-        kernel_(p_, {pass.first_weight + weight,
-                     pass.first_token + token,
-                     std::min(tokens, pass.tokens - token),
-                     &x_[(weight * pass.tokens + token) * stride_],
-                     stride_,
-                     unit * unit_tiles_,
-                     end * unit_tiles_,
+        kernel_(p_, {pass.first_weight + weight, pass.first_token + token, std::min(tokens, pass.tokens - token),
+                     &x_[(weight * pass.tokens + token) * stride_], stride_, unit * unit_tiles_, end * unit_tiles_,
                      scratch.get()});
         first += end - unit;
       }
@@ -136,7 +132,7 @@ class Driver {
 void matmul(const Product& p, const ParallelFor& parallel_for, int64_t width) {
   const KernelSet& kernels = *current_kernels().load(std::memory_order_relaxed);
   for (const FormatKernels& format : kernels.formats) {
-    if (format.name && p.format == format.name) return Driver(p, kernels, format, parallel_for, width).run();
+    if (p.format == format.name) return Driver(p, kernels, format, parallel_for, width).run();
   }
 }
 

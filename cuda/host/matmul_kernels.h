@@ -1,9 +1,9 @@
 // The kernels of one instruction set. Included only by matmul_<instruction set>.cc, which defines QG_ISA, the namespace
-// that keeps the copies apart, and QG_KERNELS, the name of the table at the end. Nothing here may be an inline function
-// or a template outside of that namespace: the linker would keep one copy of it for all CPUs.
+// that keeps the copies apart, and QG_KERNELS, the name of the table at the end. What is outside of that namespace must
+// be inlined always: of an inline function or a template the linker would keep one copy for all CPUs.
 //
-// A result depends on the instruction set and on the row of x and the column of w alone, never on chunks, threads, or
-// what else is in the batch.
+// An element of the result depends on its row of x, its column of w and the instruction set, never on how the work was
+// divided or what else is in the batch.
 #include "formats/formats.cuh"
 #include "host/decode.h"
 #include "host/kernels.h"
@@ -65,11 +65,16 @@ QG_INLINE void for_token_blocks(int64_t tokens, Block&& block) {
   int64_t t = 0;
   for (; t + kTokens <= tokens; t += kTokens) block(t, std::integral_constant<int, kTokens>{});
   switch (tokens - t) {
-    case 1: return block(t, std::integral_constant<int, 1>{});
-    case 2: return block(t, std::integral_constant<int, 2>{});
-    case 3: return block(t, std::integral_constant<int, 3>{});
-    case 4: return block(t, std::integral_constant<int, 4>{});
-    case 5: return block(t, std::integral_constant<int, 5>{});
+    case 1:
+      return block(t, std::integral_constant<int, 1>{});
+    case 2:
+      return block(t, std::integral_constant<int, 2>{});
+    case 3:
+      return block(t, std::integral_constant<int, 3>{});
+    case 4:
+      return block(t, std::integral_constant<int, 4>{});
+    case 5:
+      return block(t, std::integral_constant<int, 5>{});
   }
 }
 
@@ -117,15 +122,16 @@ void forward(const Product& p, const Chunk& c) {
         // The sums of dot_block in the same order, without the panel.
         const float* x = c.x + first * kTileK;
         Floats slab[kTileN] = {};
-        decode_tiles<F>(p.w, tile_row, first, last, kAhead, [&](int r, int64_t i, Floats w) __attribute__((always_inline)) {
-          slab[r] = multiply_add(w, load<Floats>(x + i), slab[r]);
-        });
+        decode_tiles<F>(p.w, tile_row, first, last, kAhead,
+                        [&](int r, int64_t i, Floats w) __attribute__((always_inline)) {
+                          slab[r] = multiply_add(w, load<Floats>(x + i), slab[r]);
+                        });
         for (int r = 0; r < kTileN; ++r) sums[0][r] += slab[r];
       } else {
         float* panel = c.scratch;
-        decode_tiles<F>(p.w, tile_row, first, last, kAhead, [&](int r, int64_t i, Floats w) __attribute__((always_inline)) {
-          store(panel + r * kSlab + i, w);
-        });
+        decode_tiles<F>(p.w, tile_row, first, last, kAhead,
+                        [&](int r, int64_t i, Floats w)
+                            __attribute__((always_inline)) { store(panel + r * kSlab + i, w); });
         dot_panel(panel, (last - first) * kTileK, c, first * kTileK, sums);
       }
     }
@@ -191,11 +197,8 @@ static void permute(const Product& p, int64_t row, float* out, int64_t stride) {
 
 namespace jax_qgemm::host {
 
-#define QG_NAME_1(isa) #isa
-#define QG_NAME(isa) QG_NAME_1(isa)
 #define X(F) {F::kName, &QG_ISA::k_block<F>, &QG_ISA::forward<F>, &QG_ISA::transpose<F>},
-const KernelSet QG_KERNELS = {QG_NAME(QG_ISA),
-                              {
+const KernelSet QG_KERNELS = {{
 #include "formats/formats.def"
                               },
                               &QG_ISA::permute,

@@ -33,7 +33,7 @@ using Ints = int32_t __attribute__((vector_size(4 * kWidth)));
 using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Bytes = uint8_t __attribute__((vector_size(4 * kWidth)));
 
-#define QG_INLINE static inline __attribute__((always_inline))
+#define QG_INLINE inline __attribute__((always_inline))
 
 template <class V>
 QG_INLINE V load(const void* p) {
@@ -74,7 +74,7 @@ template <class V>
 QG_INLINE V shuffle(V a, V b, Words index) {
 #if defined(__clang__)
   V out;
-  for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(a[0])); ++i) out[i] = index[i] < kWidth ? a[index[i]] : b[index[i] - kWidth];
+  for (int i = 0; i < kWidth; ++i) out[i] = index[i] < kWidth ? a[index[i]] : b[index[i] - kWidth];
   return out;
 #else
   return __builtin_shuffle(a, b, index);

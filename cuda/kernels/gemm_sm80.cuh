@@ -1,9 +1,9 @@
 // out = x @ w by mma.sync, for every format and every m, n, k.
 //
-// The product is computed transposed: 16 rows of n are the M of an mma, 8 rows of x its N. A weight tile (16 x 64) is one
-// aligned load a lane and becomes the A operand in registers as exact integers, level - zero. Each group's partial sums
-// are multiplied by its scale in float32; a minimum multiplies the sum of x, which an mma with ones provides. A CTA's
-// warps split n and k; the split along k is reduced in shared memory, in a fixed order.
+// The product is computed transposed: 16 rows of n are the M of an mma, 8 rows of x its N. A weight tile (16 x 64) is
+// one aligned load a lane and becomes the A operand in registers as exact integers, level - zero. Each group's partial
+// sums are multiplied by its scale in float32; a minimum multiplies the sum of x, which an mma with ones provides. A
+// CTA's warps split n and k; the split along k is reduced in shared memory, in a fixed order.
 //
 // float32 x is split into two bf16 terms (16 significant bits, better than TF32), or three (all 24) for `highest`; the
 // integers being exact in bf16, so is every product.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
   const int64_t tile_rows = p.tile_rows();
   const int64_t row_tile = blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + warp_n;
   const bool has_rows = row_tile < tile_rows;
-  const int64_t k_tiles = (p.k + kTileK - 1) / kTileK;                      // that x reaches
+  const int64_t k_tiles = (p.k + kTileK - 1) / kTileK;                          // that x reaches
   const int64_t stored_k_tiles = p.w.k_blocks * (k_block_of<F>(p.w) / kTileK);  // that the planes hold
   const int group = group_of<F>(p.w);
   const int group_steps = group == 0 || group >= kTileK ? 4 : group / 16;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
               // One ldmatrix gives the two halves of this k-step for two token tiles.
               const int matrix = lane / 8, tile_of_matrix = i + matrix / 2;
               uint32_t b[4];
-              ptx::ldmatrix_x4(b, &shared.x[term][tile_of_matrix * 8 + lane % 8]
-                                        [warp_k * kTileK + step * 16 + matrix % 2 * 8]);
+              ptx::ldmatrix_x4(
+                  b, &shared.x[term][tile_of_matrix * 8 + lane % 8][warp_k * kTileK + step * 16 + matrix % 2 * 8]);
               mma<T>(group_sums[i], a, b[0], b[1]);
               if constexpr (F::kHasMinimum) mma<T>(x_sums[i], ones, b[0], b[1]);
               mma<T>(group_sums[i + 1], a, b[2], b[3]);

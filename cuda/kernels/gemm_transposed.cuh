@@ -1,7 +1,8 @@
 // out = x @ w^T, the derivative with respect to x: float32 arithmetic on weights decoded to the bit.
 //
 // The contraction runs over n, along which the scales vary, so they can't be applied to sums. A CTA decodes one tile of
-// 16 (n) x 64 (k) at a time into shared memory and multiplies it by 64 rows of x; sums of a tile are added to the totals.
+// 16 (n) x 64 (k) at a time into shared memory and multiplies it by 64 rows of x; sums of a tile are added to the
+// totals.
 #pragma once
 
 #include "formats/tile_codes.cuh"
@@ -42,8 +43,7 @@ __global__ void __launch_bounds__(kTransposedThreads) gemm_transposed(const Prod
         const int n_local = i % kTileN, token = i / kTileN;
         const int64_t n = tile_row * kTileN + n_local;
         const bool inside = n < p.n && token0 + token < p.m;
-        rows[n_local][token] =
-            inside ? load_scalar(p.x, (batch * p.m + token0 + token) * p.n + n, p.x_type) : 0.0f;
+        rows[n_local][token] = inside ? load_scalar(p.x, (batch * p.m + token0 + token) * p.n + n, p.x_type) : 0.0f;
       }
       __syncthreads();
       float sums[kRows][kColumns] = {};

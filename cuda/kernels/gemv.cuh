@@ -1,9 +1,9 @@
 // out = x @ w for up to 8 rows of x: the time to read the weights.
 //
-// A CTA holds x in shared memory and walks over blocks of rows of n; its warps split the rows and k. Every warp keeps the
-// codes and the per-group values of the next two stages of k in registers, loaded as widely as the layout allows, and
-// crosses from one block of rows to the next without a pause. Arithmetic as in gemm_sm80; a minimum's sum of x is taken
-// once a CTA.
+// A CTA holds x in shared memory and walks over blocks of rows of n; its warps split the rows and k. Every warp keeps
+// the codes and the per-group values of the next two stages of k in registers, loaded as widely as the layout allows,
+// and crosses from one block of rows to the next without a pause. Arithmetic as in gemm_sm80; a minimum's sum of x is
+// taken once a CTA.
 #pragma once
 
 #include "formats/tile_codes.cuh"

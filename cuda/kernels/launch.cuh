@@ -1,4 +1,5 @@
-// From a Product to a kernel. One .cu file a family of formats instantiates launch_format, so that they compile in parallel.
+// From a Product to a kernel. One .cu file a family of formats instantiates launch_format, so that they compile in
+// parallel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -85,9 +86,10 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
   const int64_t stages = divide_up(p.k, kStageOf<F>);
   *served = false;
   if (p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes) return nullptr;
-  const GemvConfig config = choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits.multiprocessors);
-  const GemvShared shared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>,
-                          F::kHasMinimum ? F::kGroup : 1, F::kHasMinimum, config);
+  const GemvConfig config =
+      choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits.multiprocessors);
+  const GemvShared shared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
+                          F::kHasMinimum, config);
   if (shared.total() > limits.shared_bytes) return nullptr;
   *served = true;
   if (shared.total() > 48 << 10) {
@@ -120,8 +122,8 @@ template <class F>
 const char* launch_format(const Product& p, cudaStream_t stream) {
   if (p.transpose) {
     const int64_t k_tiles = divide_up(p.k, kTileK);
-    return launch(gemm_transposed<F>, k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads, 0, stream,
-                  p, static_cast<int>(k_tiles));
+    return launch(gemm_transposed<F>, k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads, 0,
+                  stream, p, static_cast<int>(k_tiles));
   }
   if (p.x_type == Scalar::kF16) return launch_forward<F, MmaF16>(p, 1, stream);
   return launch_forward<F, MmaBF16>(p, p.x_type == Scalar::kBF16 ? 1 : p.highest ? 3 : 2, stream);

@@ -1,8 +1,7 @@
-#include "kernels/matmul.h"
-
 #include <cuda_runtime.h>
 
 #include "formats/formats.cuh"
+#include "kernels/matmul.h"
 
 namespace jax_qgemm {
 

@@ -1,4 +1,5 @@
-// One matrix product with a quantized weight, as the CPU and CUDA launchers take it. Plain data, no FFI and no CUDA types.
+// One matrix product with a quantized weight, as the CPU and CUDA launchers take it. Plain data, no FFI and no CUDA
+// types.
 #pragma once
 
 #include <cstdint>

@@ -35,7 +35,9 @@ struct GroupRegisters {
   static constexpr int kFirst = F::kHighBits ? 2 : 1, kCount = static_cast<int>(std::size(F::kPlanes)) - kFirst;
 
   // 32-bit words that a k-block's pairs of group plane i take.
-  static constexpr int words(int i) { return F::kKBlock / F::kPlanes[kFirst + i].group * F::kPlanes[kFirst + i].bits / 16; }
+  static constexpr int words(int i) {
+    return F::kKBlock / F::kPlanes[kFirst + i].group * F::kPlanes[kFirst + i].bits / 16;
+  }
   static constexpr int offset(int i) {
     int sum = 0;
     for (int j = 0; j < i && j < kCount; ++j) sum += words(j) * kBlocks;
@@ -99,7 +101,8 @@ struct GroupRegisters<F> {
       const int64_t step = stage * 8 + i * span / 16;
       scales[i] = zeros[i] = 0;
       if (i * span < 128 && step < steps) {
-        const int64_t index = w.group == 0 ? (tile_row * 8 + g) * 2 : group_index(w, tile_row, g, step, w.group, k_block);
+        const int64_t index =
+            w.group == 0 ? (tile_row * 8 + g) * 2 : group_index(w, tile_row, g, step, w.group, k_block);
         scales[i] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + index / 2);
         if (zero_points) zeros[i] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + index / 2);
       }

@@ -30,8 +30,8 @@ __device__ __forceinline__ void stage_scalar(uint16_t* out, int plane, float val
 // Rows [0, rows) of x (k elements each, from element `base`) into planes of rows of `stride` elements, zero from k to
 // `padded_k`. 16 bytes at a time where x is of the operand's own type and its rows are aligned.
 template <class T>
-__device__ __forceinline__ void stage_rows(uint16_t* out, int stride, int rows, int padded_k, const void* x, int64_t base,
-                                           int64_t k, Scalar type, int terms, int threads) {
+__device__ __forceinline__ void stage_rows(uint16_t* out, int stride, int rows, int padded_k, const void* x,
+                                           int64_t base, int64_t k, Scalar type, int terms, int threads) {
   const bool same_type = type == (T::kIsBF16 ? Scalar::kBF16 : Scalar::kF16);
   const auto* x16 = static_cast<const uint16_t*>(x) + base;
   if (same_type && k % 8 == 0 && reinterpret_cast<uintptr_t>(x16) % 16 == 0) {

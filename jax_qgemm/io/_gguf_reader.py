@@ -174,9 +174,7 @@ def _read_tensor_infos(cursor: Cursor, count: int, alignment: int) -> dict[str, 
         cursor.field = f"tensor {quoted}: type"
         tensor_type = _read_tensor_type(cursor)
         if dims[0] % tensor_type.block:
-            problem = (
-                f"rows of {dims[0]} elements, expected a multiple of {tensor_type.name}'s {tensor_type.block}"
-            )
+            problem = f"rows of {dims[0]} elements, expected a multiple of {tensor_type.name}'s {tensor_type.block}"
             cursor.field = f"tensor {quoted}: dimensions"
             cursor.fail(problem, dims_field)
         nbytes = math.prod(dims) // tensor_type.block * tensor_type.block_bytes
@@ -219,9 +217,7 @@ def _place_tensors(
             cursor.fail(f"{info.offset} is not a multiple of the alignment {alignment}", field)
         start, end = data_start + info.offset, data_start + info.offset + info.nbytes
         if end > cursor.file.size:
-            cursor.fail(
-                f"its data, bytes {start} to {end}, leave the file of {cursor.file.size} bytes", field
-            )
+            cursor.fail(f"its data, bytes {start} to {end}, leave the file of {cursor.file.size} bytes", field)
         placed[info.name] = dataclasses.replace(info, offset=start)
     order = sorted(zip(placed.values(), fields, strict=True), key=lambda item: item[0].offset)
     for (before, _), (info, field) in itertools.pairwise(order):
@@ -231,9 +227,7 @@ def _place_tensors(
     return placed
 
 
-def read_tensor(
-    file: GGUFFile, info: GGUFTensorInfo, advance: Callable[[int], Any] | None = None
-) -> np.ndarray:
+def read_tensor(file: GGUFFile, info: GGUFTensorInfo, advance: Callable[[int], Any] | None = None) -> np.ndarray:
     """The tensor's bytes: uint8, in its shape but for the last axis, which is the bytes of a row."""
     raw = np.empty(info.nbytes, np.uint8)
     file.read_into(raw.data, info.offset, f"tensor {shorten(info.name)}: data", advance)

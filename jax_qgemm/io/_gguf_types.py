@@ -72,9 +72,7 @@ class GGUFInt(int):
     def __new__(cls, value: int, value_type: GGUFValueType) -> GGUFInt:
         limits = np.iinfo(VALUE_DTYPES[GGUFValueType(value_type)])
         if not limits.min <= value <= limits.max:
-            raise ValueError(
-                f"value: got {value}, expected {limits.min} to {limits.max} for {value_type.name}"
-            )
+            raise ValueError(f"value: got {value}, expected {limits.min} to {limits.max} for {value_type.name}")
         self = super().__new__(cls, value)
         self.value_type = GGUFValueType(value_type)
         return self

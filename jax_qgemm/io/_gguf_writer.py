@@ -35,9 +35,7 @@ class PlannedTensor(NamedTuple):
         return math.prod(self.shape) // self.type.block * self.type.block_bytes
 
 
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, PlannedTensor], metadata: Mapping[str, Any]
-) -> None:
+def write(path: str | os.PathLike[str], tensors: Mapping[str, PlannedTensor], metadata: Mapping[str, Any]) -> None:
     alignment = _alignment(metadata)
     header = bytearray(types.MAGIC)
     header += struct.pack("<IQQ", types.VERSION, len(tensors), len(metadata))
@@ -68,9 +66,7 @@ def check_name(name: str, argument: str, max_bytes: int) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(f"{argument}: the name {name!r} is not valid Unicode: {error.reason}") from None
     if not 1 <= nbytes <= max_bytes:
-        raise ValueError(
-            f"{argument}: the name {name!r} has {nbytes} bytes of UTF-8, expected 1 to {max_bytes}"
-        )
+        raise ValueError(f"{argument}: the name {name!r} has {nbytes} bytes of UTF-8, expected 1 to {max_bytes}")
     if "\0" in name:
         raise ValueError(f"{argument}: the name {name!r} contains a NUL")
 
@@ -160,9 +156,7 @@ def _common_array(values: Sequence[Any]) -> np.ndarray:
             raise ValueError("a float beyond FLOAT32's range; pass np.float64 to store FLOAT64")
         return narrow
     kinds = sorted({type(v).__name__ for v in values})
-    raise TypeError(
-        f"got {', '.join(kinds)}, expected str, bool, int, float, NumPy scalars or arrays of one kind"
-    )
+    raise TypeError(f"got {', '.join(kinds)}, expected str, bool, int, float, NumPy scalars or arrays of one kind")
 
 
 @contextlib.contextmanager

@@ -128,9 +128,7 @@ def _select(
     names = set(tensors)
     missing = sorted(map(repr, names - infos.keys()))
     if missing:
-        raise ValueError(
-            f"tensors names {', '.join(missing)}, not among the {len(infos)} tensors of the file"
-        )
+        raise ValueError(f"tensors names {', '.join(missing)}, not among the {len(infos)} tensors of the file")
     return [info for info in infos.values() if info.name in names]
 
 
@@ -160,8 +158,7 @@ def _plan(name: str, value: Any) -> writer.PlannedTensor:
     if isinstance(value, QTensor):
         if not isinstance(value.format, GGUFFormat):
             raise ValueError(
-                f"{argument}: format {value.format} has no GGUF type; "
-                f"those that have: {', '.join(GGUF_FORMATS)}"
+                f"{argument}: format {value.format} has no GGUF type; those that have: {', '.join(GGUF_FORMATS)}"
             )
         *batch, k, n = value.shape
         tensor_type = types.TENSOR_TYPE_OF_NAME[value.format.name]

@@ -5,10 +5,10 @@
 
 #include "kernels/matmul.h"
 
-extern "C" const char* emulated_matmul(const char* format, const char* kernel, const void* const* planes, int plane_count, int64_t k_blocks,
-                                       int group_size, int scale_type, const void* x, int x_type, void* out,
-                                       int out_type, int64_t batch, int64_t m, int64_t n, int64_t k, int transpose,
-                                       int highest) {
+extern "C" const char* emulated_matmul(const char* format, const char* kernel, const void* const* planes,
+                                       int plane_count, int64_t k_blocks, int group_size, int scale_type, const void* x,
+                                       int x_type, void* out, int out_type, int64_t batch, int64_t m, int64_t n,
+                                       int64_t k, int transpose, int highest) {
   using namespace jax_qgemm;
   static std::string problem;
   Product p = {};

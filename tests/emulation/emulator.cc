@@ -94,7 +94,8 @@ void sync_block() { yield(Wait::kBlock); }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   // Exactly as large as asked for, so that an address sanitizer sees what lies outside.
-  const std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128), std::free);
+  const std::unique_ptr<void, void (*)(void*)> memory(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128),
+                                                      std::free);
   dynamic_shared = static_cast<unsigned char*>(memory.get());
   gridDim = grid;
   body = &kernel;

@@ -34,8 +34,8 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
 }
 
 // a: registers 0..3 are (row l/4, k 2(l%4)), (row +8, same k), (row, k + 8), (row + 8, k + 8), two elements each;
-// b: registers 0, 1 are (k 2(l%4), column l/4), (k + 8, same column); c: (row l/4, column 2(l%4)), (same row, column + 1),
-// (row + 8, column), (row + 8, column + 1).
+// b: registers 0, 1 are (k 2(l%4), column l/4), (k + 8, same column); c: (row l/4, column 2(l%4)), (same row, column +
+// 1), (row + 8, column), (row + 8, column + 1).
 template <class ToFloat>
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloat to_float) {
   auto& exchange = emulation::warp_exchange();
