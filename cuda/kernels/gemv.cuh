@@ -26,6 +26,7 @@ struct GemvConfig {
   int slices;      // of k, a CTA
   int row_blocks;  // of row_tiles, in all
   int terms;       // bf16 terms of x
+  int resident;    // CTAs a multiprocessor; 0: no split fits
 
   QG_HD int threads() const { return 32 * row_tiles * slices; }
 };

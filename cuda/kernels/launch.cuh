@@ -16,6 +16,7 @@
 namespace jax_qgemm {
 
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
+constexpr int kReservedShared = 1 << 10;  // that the system takes of each CTA's shared memory
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,18 +56,27 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return error;
 }
 
-// The split of a CTA's warps: enough slices of k to keep loads in flight, and as many row tiles as fill the
-// multiprocessors best, the larger number where two are equal (fewer copies of x).
-inline GemvConfig choose_gemv(int64_t tile_rows, int stages, int terms, int max_warps, int multiprocessors) {
+// The split of a CTA's warps over rows and k, and how many CTAs share a multiprocessor. What takes the time is the
+// largest number of row tiles that one multiprocessor gets; among splits within 4% of the best, the one that keeps the
+// most warps, and so the most loads, in flight. `shared_bytes` gives the shared memory that a split needs.
+template <class SharedBytes>
+GemvConfig choose_gemv(int64_t tile_rows, int stages, int terms, int max_warps, const DeviceLimits& limits,
+                       SharedBytes&& shared_bytes) {
+  // Where n alone leaves multiprocessors idle, more slices of k.
+  const int slices = std::min(stages, tile_rows <= limits.multiprocessors ? 16 : 8);
   GemvConfig best = {};
-  int64_t best_time = 0;
-  const int slices = std::min(stages, 8);
-  for (int row_tiles = 1; row_tiles <= max_warps / 8; ++row_tiles) {
-    const int64_t row_blocks = divide_up(tile_rows, row_tiles);
-    const int64_t time = divide_up(row_blocks, multiprocessors) * row_tiles;
-    if (row_tiles == 1 || time <= best_time) {
-      best = {row_tiles, slices, static_cast<int>(row_blocks), terms};
-      best_time = time;
+  double best_time = 0;
+  for (int row_tiles = 1; row_tiles * slices <= max_warps; ++row_tiles) {
+    GemvConfig c = {row_tiles, slices, static_cast<int>(divide_up(tile_rows, row_tiles)), terms, 1};
+    const int shared = shared_bytes(c);
+    if (shared > limits.shared_bytes) break;
+    const int by_registers = max_warps / (row_tiles * slices);
+    c.resident = std::max(1, std::min(by_registers, limits.shared_bytes / (shared + kReservedShared)));
+    const auto time = static_cast<double>(divide_up(c.row_blocks, limits.multiprocessors) * row_tiles);
+    const bool faster = time < best_time * 0.96, equal = time <= best_time * 1.04;
+    if (row_tiles == 1 || faster || (equal && c.resident * c.threads() > best.resident * best.threads())) {
+      best = c;
+      best_time = row_tiles == 1 ? time : std::min(best_time, time);
     }
   }
   return best;
@@ -86,13 +96,17 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
   const int64_t stages = divide_up(p.k, kStageOf<F>);
   *served = false;
   if (p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes) return nullptr;
+  const auto shared_bytes = [&](const GemvConfig& c) {
+    return GemvShared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
+                      F::kHasMinimum, c)
+        .total();
+  };
   const GemvConfig config =
-      choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits.multiprocessors);
-  const GemvShared shared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
-                          F::kHasMinimum, config);
-  if (shared.total() > limits.shared_bytes) return nullptr;
+      choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits, shared_bytes);
+  if (config.resident == 0) return nullptr;
   *served = true;
-  if (shared.total() > 48 << 10) {
+  const int shared = shared_bytes(config);
+  if (shared > 48 << 10) {
     // Once a device and kernel; threads that race set the same value.
     static std::atomic<uint64_t> raised{0};
     const uint64_t bit = uint64_t{1} << (limits.device % 64);
@@ -103,8 +117,8 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
       raised.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  return launch(gemv<F, T>, std::min<int64_t>(config.row_blocks, limits.multiprocessors), p.batch, config.threads(),
-                shared.total(), stream, p, config);
+  const int64_t ctas = std::min<int64_t>(config.row_blocks, int64_t{limits.multiprocessors} * config.resident);
+  return launch(gemv<F, T>, ctas, p.batch, config.threads(), shared, stream, p, config);
 }
 
 template <class F, class T>
