@@ -36,7 +36,7 @@ struct GemmSm80 {
 };
 
 template <class F, class T>
-__global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p, int row_groups, int terms) {
+__global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p, int row_groups, int split_terms) {
   using S = GemmSm80;
   constexpr int kTokenTiles = S::kTokenTiles;
   __shared__ __align__(16) S::Shared shared;
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
   const int warp_n = warp % S::kWarpsN, warp_k = warp / S::kWarpsN;
   const int64_t token0 = blockIdx.x / row_groups * static_cast<int64_t>(S::kTokens);
   const int tokens = static_cast<int>(p.m - token0 < S::kTokens ? p.m - token0 : S::kTokens);
+  const int terms = T::kSplit ? split_terms : 1;
   const int64_t tile_rows = p.tile_rows();
   const int64_t row_tile = blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + warp_n;
   const bool has_rows = row_tile < tile_rows;
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
             }
           }
           uint32_t a[4];
-          Converter<T, wide_levels<F>()>(affine.row[0].zero)(codes.levels(2 * step), a[0], a[2]);
-          Converter<T, wide_levels<F>()>(affine.row[1].zero)(codes.levels(2 * step + 1), a[1], a[3]);
+          Converter<T::kIsBF16, wide_levels<F>()>(affine.row[0].zero)(codes.levels(2 * step), a[0], a[2]);
+          Converter<T::kIsBF16, wide_levels<F>()>(affine.row[1].zero)(codes.levels(2 * step + 1), a[1], a[3]);
           const uint32_t ones[4] = {T::kOne, T::kOne, T::kOne, T::kOne};
           for (int term = 0; term < terms; ++term) {
 #pragma unroll

@@ -49,13 +49,15 @@ struct LaneStage {
   LaneCodes<F> codes[kStageOf<F> / kTileK];
   GroupRegisters<F> groups;
 
-  __device__ __forceinline__ void load(const Weight& w, int64_t tile_row, int64_t k_tiles, int64_t stage, int lane) {
+  // row: of tiles of the weight; k_tiles: in one.
+  __device__ __forceinline__ void load(const Weight& w, int row, int k_tiles, int stage, int lane) {
     constexpr int kTiles = kStageOf<F> / kTileK;
+    const int tile = stage * kTiles;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      if (stage * kTiles + i < k_tiles) codes[i].load(w, tile_row * k_tiles + stage * kTiles + i, lane);
+      if (tile + i < k_tiles) codes[i].load(w, row * k_tiles + tile + i, lane);
     }
-    groups.load(w, tile_row, lane / 4, stage);
+    groups.load(w, row, row * static_cast<int>(w.k_blocks), lane / 4, stage);
   }
 };
 
@@ -65,9 +67,10 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
   constexpr int kPerPair = F::kGroup == 16 ? 2 : 1;  // groups in two k-steps, the span of an ldmatrix
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = c.threads();
   const int row_tile = warp % c.row_tiles, slice = warp / c.row_tiles;
-  const int tokens = static_cast<int>(p.m);
+  const int tokens = static_cast<int>(p.m), terms = T::kSplit ? c.terms : 1;
   const int stages = static_cast<int>((p.k + kStage - 1) / kStage);
-  const int64_t tile_rows = p.tile_rows(), k_tiles = p.w.k_blocks * (k_block_of<F>(p.w) / kTileK);
+  const int tile_rows = static_cast<int>(p.tile_rows());
+  const int k_tiles = static_cast<int>(p.w.k_blocks * (k_block_of<F>(p.w) / kTileK));
   const int group = group_of<F>(p.w);
   const int group_steps = group == 0 || group > kStage ? kSteps : group == 16 ? 2 : group / 16;
   const int64_t batch = blockIdx.y;
@@ -78,32 +81,33 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
   auto* partial = reinterpret_cast<float*>(shared + layout.x_bytes);
   auto* x_sums = reinterpret_cast<float*>(shared + layout.x_bytes + layout.partial_bytes);
 
-  // This warp's work: stages slice, slice + slices, ... of one block of rows after another.
+  // This warp's work: stages slice, slice + slices, ... of one block of rows after another. `ahead` is what to load
+  // next.
   struct Position {
-    int64_t block;
-    int stage;
+    int block, row, stage;
   };
-  Position ahead = {blockIdx.x, slice};
+  const auto at_block = [&](int block) -> Position {
+    const int row = block * c.row_tiles + row_tile;
+    return {block, static_cast<int>(batch) * tile_rows + (row < tile_rows ? row : 0), slice};
+  };
+  Position ahead = at_block(blockIdx.x);
   LaneStage<F> now, next;
   const auto fetch = [&](LaneStage<F>& to) {
-    if (ahead.block < c.row_blocks) {
-      const int64_t row = ahead.block * c.row_tiles + row_tile;
-      to.load(p.w, batch * tile_rows + (row < tile_rows ? row : 0), k_tiles, ahead.stage, lane);
-    }
+    if (ahead.block < c.row_blocks) to.load(p.w, ahead.row, k_tiles, ahead.stage, lane);
     ahead.stage += c.slices;
-    if (ahead.stage >= stages) ahead = {ahead.block + static_cast<int64_t>(gridDim.x), slice};
+    if (ahead.stage >= stages) ahead = at_block(ahead.block + gridDim.x);
   };
   fetch(now);
   fetch(next);
 
-  stage_rows<T>(x, layout.stride, tokens, stages * kStage, p.x, batch * p.m * p.k, p.k, p.x_type, c.terms, threads);
+  stage_rows<T>(x, layout.stride, tokens, stages * kStage, p.x, batch * p.m * p.k, p.k, p.x_type, terms, threads);
   __syncthreads();
   if constexpr (F::kHasMinimum) {
     constexpr int kGroup = F::kGroup;
     for (int i = threadIdx.x; i < stages * kStage / kGroup * tokens; i += threads) {
       const int token = i % tokens, first = i / tokens * kGroup;
       float sum = 0.0f;
-      for (int term = 0; term < c.terms; ++term) {
+      for (int term = 0; term < terms; ++term) {
         const uint16_t* row = x + (term * tokens + token) * layout.stride + first;
         for (int j = 0; j < kGroup; ++j) sum += operand_to_float<T>(row[j]);
       }
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
   const int x_row = lane % 8 < tokens ? lane % 8 : tokens - 1;
   const uint16_t* x_lane = x + x_row * layout.stride + lane / 8 * 8;
   int buffer = 0;
-  for (int64_t block = blockIdx.x; block < c.row_blocks; block += gridDim.x, buffer ^= 1) {
+  for (int block = blockIdx.x; block < c.row_blocks; block += gridDim.x, buffer ^= 1) {
     float sums[4] = {};
     for (int stage = slice; stage < stages; stage += c.slices) {
       float group_sums[kPerPair][4];
@@ -137,10 +141,10 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
           const LaneCodes<F>& codes = now.codes[step / 4];
           const AffinePair& of = affine[i % kPerPair];
           const int run = (step % 4 + i) * 2;
-          Converter<T, wide_levels<F>()>(of.row[0].zero)(codes.levels(run), a[i][0], a[i][2]);
-          Converter<T, wide_levels<F>()>(of.row[1].zero)(codes.levels(run + 1), a[i][1], a[i][3]);
+          Converter<T::kIsBF16, wide_levels<F>()>(of.row[0].zero)(codes.levels(run), a[i][0], a[i][2]);
+          Converter<T::kIsBF16, wide_levels<F>()>(of.row[1].zero)(codes.levels(run + 1), a[i][1], a[i][3]);
         }
-        for (int term = 0; term < c.terms; ++term) {
+        for (int term = 0; term < terms; ++term) {
           uint32_t b[4];
           ptx::ldmatrix_x4(b, x_lane + term * tokens * layout.stride + stage * kStage + step * 16);
           mma<T>(group_sums[0], a[0], b[0], b[1]);
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
       const float* source = slot + tile * 128 + (row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2;
       float sum = 0.0f;
       for (int i = 0; i < c.slices; ++i) sum += source[i * c.row_tiles * 128];
-      const int64_t n = (block * c.row_tiles + tile) * kTileN + row;
+      const int n = (block * c.row_tiles + tile) * kTileN + row;
       if (n < p.n) store_scalar(p.out, (batch * p.m + token) * p.n + n, p.out_type, sum);
     }
   }

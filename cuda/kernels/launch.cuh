@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <type_traits>
 
 #include "kernels/gemm_sm80.cuh"
@@ -95,6 +96,8 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
   if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t stages = divide_up(p.k, kStageOf<F>);
   *served = false;
+  // The kernel counts tiles and pairs of rows in 32 bits.
+  if (p.batch * p.tile_rows() * p.w.k_blocks * (kStageOf<F> / 16) > std::numeric_limits<int>::max()) return nullptr;
   if (p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes) return nullptr;
   const auto shared_bytes = [&](const GemvConfig& c) {
     return GemvShared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
@@ -139,8 +142,14 @@ const char* launch_format(const Product& p, cudaStream_t stream) {
     return launch(gemm_transposed<F>, k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads, 0,
                   stream, p, static_cast<int>(k_tiles));
   }
-  if (p.x_type == Scalar::kF16) return launch_forward<F, MmaF16>(p, 1, stream);
-  return launch_forward<F, MmaBF16>(p, p.x_type == Scalar::kBF16 ? 1 : p.highest ? 3 : 2, stream);
+  switch (p.x_type) {
+    case Scalar::kF16:
+      return launch_forward<F, MmaF16>(p, 1, stream);
+    case Scalar::kBF16:
+      return launch_forward<F, MmaBF16>(p, 1, stream);
+    default:
+      return launch_forward<F, MmaSplitF32>(p, p.highest ? 3 : 2, stream);
+  }
 }
 
 }  // namespace jax_qgemm

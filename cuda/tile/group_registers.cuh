@@ -46,22 +46,24 @@ struct GroupRegisters {
 
   uint32_t raw[offset(kCount)];
 
+  // first_block: of the weight's row, in k-blocks.
   template <int I = 0>
-  __device__ __forceinline__ void load(const Weight& w, int64_t tile_row, int g, int64_t stage) {
+  __device__ __forceinline__ void load(const Weight& w, int, int first_block, int g, int stage) {
     if constexpr (I < kCount) {
+      const int block = stage * kBlocks;
+      const auto* pairs = static_cast<const uint32_t*>(w.planes[kFirst + I]) +
+                          static_cast<int64_t>((first_block + block) * 8 + g) * words(I);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const int64_t block = stage * kBlocks + b;
         uint32_t* out = raw + offset(I) + b * words(I);
-        if (block < w.k_blocks) {
-          const auto* plane = static_cast<const uint32_t*>(w.planes[kFirst + I]);
-          load_words<words(I)>(out, plane + ((tile_row * w.k_blocks + block) * 8 + g) * words(I));
+        if (kBlocks == 1 || block + b < w.k_blocks) {
+          load_words<words(I)>(out, pairs + b * 8 * words(I));
         } else {
 #pragma unroll
           for (int j = 0; j < words(I); ++j) out[j] = 0;
         }
       }
-      load<I + 1>(w, tile_row, g, stage);
+      load<I + 1>(w, 0, first_block, g, stage);
     }
   }
 
@@ -91,22 +93,34 @@ struct GroupRegisters<F> {
   ScaleType scale_type;
   bool zero_points;
 
-  __device__ __forceinline__ void load(const Weight& w, int64_t tile_row, int g, int64_t stage) {
+  // row: of tiles of the weight; first_block: of that row, in k-blocks.
+  __device__ __forceinline__ void load(const Weight& w, int row, int first_block, int g, int stage) {
     scale_type = w.scale_type;
     zero_points = w.has_plane(F::kScales + 1);
-    const int k_block = static_cast<int>(k_block_of<F>(w)), span = w.group == 0 || w.group > 128 ? 128 : w.group;
-    const int64_t steps = w.k_blocks * (k_block / 16);
 #pragma unroll
-    for (int i = 0; i < kMaxGroups; ++i) {
-      const int64_t step = stage * 8 + i * span / 16;
-      scales[i] = zeros[i] = 0;
-      if (i * span < 128 && step < steps) {
-        const int64_t index =
-            w.group == 0 ? (tile_row * 8 + g) * 2 : group_index(w, tile_row, g, step, w.group, k_block);
-        scales[i] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + index / 2);
-        if (zero_points) zeros[i] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + index / 2);
+    for (int i = 0; i < kMaxGroups; ++i) scales[i] = zeros[i] = 0;
+    if (w.group == 0) {
+      load_pair_of(w, row * 8 + g, 0);
+    } else if (w.group >= 128) {
+      load_pair_of(w, (first_block + (w.group == 256 ? stage / 2 : stage)) * 8 + g, 0);
+    } else {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        const int block = stage * 2 + b, index = (first_block + block) * 8 + g;
+        if (block >= w.k_blocks) break;
+        if (w.group == 64) {
+          load_pair_of(w, index, b);
+        } else {
+          load_pair_of(w, index * 2, 2 * b);
+          load_pair_of(w, index * 2 + 1, 2 * b + 1);
+        }
       }
     }
+  }
+
+  __device__ __forceinline__ void load_pair_of(const Weight& w, int pair, int i) {
+    scales[i] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + pair);
+    if (zero_points) zeros[i] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + pair);
   }
 
   __device__ __forceinline__ bool has_plane(int) const { return zero_points; }

@@ -10,14 +10,19 @@
 
 namespace jax_qgemm {
 
-// The two 16-bit operand types. kOne is 1.0 twice.
+// How x becomes 16-bit operands. kOne is 1.0 twice; kSplit: an element is several of them, two or three at run time.
 struct MmaF16 {
-  static constexpr bool kIsBF16 = false;
+  static constexpr bool kIsBF16 = false, kSplit = false;
   static constexpr uint32_t kOne = 0x3c003c00u;
 };
 
 struct MmaBF16 {
-  static constexpr bool kIsBF16 = true;
+  static constexpr bool kIsBF16 = true, kSplit = false;
+  static constexpr uint32_t kOne = 0x3f803f80u;
+};
+
+struct MmaSplitF32 {
+  static constexpr bool kIsBF16 = true, kSplit = true;
   static constexpr uint32_t kOne = 0x3f803f80u;
 };
 
@@ -33,12 +38,12 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 
 // Turns levels (four unsigned bytes of one row, elements k, k+8, k+1, k+9) into the row's two fragment registers, as
 // exact integers level - zero.
-template <class T, bool Wide>
+template <bool IsBF16, bool Wide>
 struct Converter;
 
 // f16: 0x6400 | u is 1024 + u.
 template <bool Wide>
-struct Converter<MmaF16, Wide> {
+struct Converter<false, Wide> {
   __half2 offset;
   __device__ explicit Converter(int zero) : offset(__float2half2_rn(1024.0f + static_cast<float>(zero))) {}
 
@@ -54,7 +59,7 @@ struct Converter<MmaF16, Wide> {
 
 // bf16, levels below 128: 0x4300 | u is 128 + u.
 template <>
-struct Converter<MmaBF16, false> {
+struct Converter<true, false> {
   __nv_bfloat162 offset;
   __device__ explicit Converter(int zero) : offset(__float2bfloat162_rn(128.0f + static_cast<float>(zero))) {}
 
@@ -71,7 +76,7 @@ struct Converter<MmaBF16, false> {
 // bf16, levels of 8 bits: its 8 significant bits hold the difference, not the sum with 128, so through float32, where
 // 0x4b000000 | u is 2^23 + u.
 template <>
-struct Converter<MmaBF16, true> {
+struct Converter<true, true> {
   float offset;
   __device__ explicit Converter(int zero) : offset(8388608.0f + static_cast<float>(zero)) {}
 
