@@ -2,38 +2,45 @@
 
 python -m benchmarks.demo [--gguf PATH] [--max-tokens 128]
 
-Generates once to compile and once to measure; writes benchmarks/results/<device>-demo.json.
+Reads a prompt of 256 tokens and generates, once to compile and once to measure; writes benchmarks/results/<device>-demo.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from benchmarks import harness
 from examples.gemma3.__main__ import demo_gguf, load
 from examples.gemma3.generate import Generator
+from jax_qgemm.io import read_gguf_header
 
-PROMPT = "Once upon a time, there was a small"
+SENTENCE = "The planets of the solar system, in order from the Sun, are far from each other. "
+PROMPT_TOKENS = 256
 
 
 def measure(path: Path, dtype: str, max_tokens: int) -> dict[str, float | int | str]:
     model, tokenizer, _ = load(path, dtype)
     generate = Generator(model)
-    ids = tokenizer.encode(PROMPT)
+    ids = tokenizer.encode(SENTENCE * PROMPT_TOKENS)[:PROMPT_TOKENS]
     for _ in range(2):
         for _ in generate(ids, max_tokens):
             pass
     t = generate.timing
     stats = jax.devices()[0].memory_stats() or {}
+    elements = sum(math.prod(t.shape) for t in read_gguf_header(path).tensors.values())
     return {
         "dtype": dtype,
+        "weights_mib": sum(a.nbytes for a in jax.tree.leaves(nnx.state(model))) / (1 << 20),
+        "weights_f16_mib": 2 * elements / (1 << 20),
         "prompt_tokens": t.prefill_tokens,
         "prefill_tokens_per_s": t.prefill_tokens / t.prefill_s,
         "decode_tokens": t.decode_tokens,

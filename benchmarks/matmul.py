@@ -1,4 +1,4 @@
-"""Times of matmul by format, shape and m, with XLA's bf16 dot and int4 dequantize-and-dot in the same run.
+"""Times of matmul by format, shape and m, with XLA's dense dot and int4 dequantize-and-dot in the same run.
 
 python -m benchmarks.matmul [--formats q4_0,int4] [--shapes 4096x4096] [--m 1,8,64] [--dtype bfloat16]
 
@@ -20,10 +20,14 @@ from jax_qgemm.formats import FORMAT_NAMES, get_format
 SHAPES = "4096x4096,28672x4096,4096x14336"
 
 
-def xla_bf16(n: int, k: int, x: jax.Array) -> float:
+# Kinds of baselines, by the type of x.
+DENSE = {"bfloat16": "xla_bf16", "float16": "xla_f16", "float32": "xla_f32"}
+
+
+def xla_dense(n: int, k: int, x: jax.Array) -> float:
     key = jax.random.key(0)
-    weights = harness.rotate(lambda i: jax.random.normal(jax.random.fold_in(key, i), (k, n), jnp.bfloat16))
-    return harness.time_products(lambda x, w: x @ w, x.astype(jnp.bfloat16), weights)
+    weights = harness.rotate(lambda i: jax.random.normal(jax.random.fold_in(key, i), (k, n), x.dtype))
+    return harness.time_products(jnp.matmul, x, weights)
 
 
 def xla_int4(n: int, k: int, x: jax.Array) -> float:
@@ -32,15 +36,15 @@ def xla_int4(n: int, k: int, x: jax.Array) -> float:
 
     def make(i):
         codes = jax.random.randint(jax.random.fold_in(key, i), (k // 128, 128, n), -8, 8, jnp.int8)
-        scales = jax.random.uniform(jax.random.fold_in(key, i), (k // 128, 1, n), jnp.bfloat16)
+        scales = jax.random.uniform(jax.random.fold_in(key, i), (k // 128, 1, n), x.dtype)
         return codes.astype(jnp.int4), scales
 
     def product(x, w):
         codes, scales = w
-        dense = (codes.astype(jnp.bfloat16) * scales).reshape(k, n)
+        dense = (codes.astype(x.dtype) * scales).reshape(k, n)
         return lax.dot(x, dense)
 
-    return harness.time_products(product, x.astype(jnp.bfloat16), harness.rotate(make))
+    return harness.time_products(product, x, harness.rotate(make))
 
 
 def rotated_weights(name: str, k: int, n: int) -> list[qg.QTensor]:
@@ -53,9 +57,10 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMAT_NAMES))
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--m", default="1,8,64,512")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=DENSE)
     args = parser.parse_args()
 
+    dense = DENSE[args.dtype]
     bandwidth = harness.read_bandwidth()
     rows = []
     for shape in args.shapes.split(","):
@@ -64,11 +69,11 @@ def main() -> None:
         kinds = {name: rotated_weights(name, k, n) for name in args.formats.split(",")}
         for m in map(int, args.m.split(",")):
             x = jax.random.normal(jax.random.key(2), (m, k), args.dtype)
-            times = {"xla_bf16": xla_bf16(n, k, x), "xla_int4": xla_int4(n, k, x)}
+            times = {dense: xla_dense(n, k, x), "xla_int4": xla_int4(n, k, x)}
             times |= {name: harness.time_products(qg.matmul, x, weights) for name, weights in kinds.items()}
             for name, seconds in times.items():
-                if name == "xla_bf16":
-                    stored = 2.0 * n * k
+                if name == dense:
+                    stored = float(x.dtype.itemsize) * n * k
                 else:
                     bits = 4.125 if name == "xla_int4" else harness.bits_per_weight(get_format(name))
                     stored = bits / 8 * n * k

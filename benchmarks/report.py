@@ -38,12 +38,22 @@ def demo(results: dict[str, Any]) -> str:
             r["dtype"],
             f"{r['decode_tokens_per_s']:.0f}",
             f"{r['prefill_tokens_per_s']:.0f}",
+            f"{r['weights_mib']:.0f} MiB",
+            f"{r['weights_f16_mib']:.0f} MiB",
             f"{r['peak_host_mib']:.0f} MiB",
-            *([f"{r['peak_device_mib']:.0f} MiB"] if r["peak_device_mib"] else ["-"]),
+            f"{r['peak_device_mib']:.0f} MiB" if r["peak_device_mib"] else "-",
         )
         for r in results["rows"]
     )
-    header = ("activations", "decode, tokens/s", "prefill, tokens/s", "peak host memory", "peak device memory")
+    header = (
+        "activations",
+        "decode, tokens/s",
+        "prefill, tokens/s",
+        "weights",
+        "in f16",
+        "peak host memory",
+        "peak device memory",
+    )
     return markdown(header, rows) + source(results)
 
 
