@@ -2,7 +2,8 @@
 
 python -m benchmarks.demo [--gguf PATH] [--max-tokens 128]
 
-Reads a prompt of 256 tokens and generates, once to compile and once to measure; writes benchmarks/results/<device>-demo.json.
+Reads a prompt of 256 tokens and generates, once to compile and once to measure. Writes
+benchmarks/results/<device>-demo.json.
 """
 
 from __future__ import annotations
