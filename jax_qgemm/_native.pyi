@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from typing import Annotated
 
+import numpy
 from numpy.typing import NDArray
 
 
@@ -19,6 +20,9 @@ def dequantize(format: str, planes: Sequence[Annotated[NDArray, dict(order='C', 
     """
     The C++ decoder, element by element: float32 (n, k) of the planes of one weight.
     """
+
+def dequantize_q8_1(raw: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> object:
+    """The same of q8_1 blocks: float32 of uint8 (blocks * 36,)."""
 
 def set_host_instruction_set(name: str) -> None:
     """

@@ -8,6 +8,7 @@ from cases import ALL_FORMATS, k_of, random_weight
 import jax_qgemm as qg
 from jax_qgemm import _native
 from jax_qgemm.formats import FORMAT_NAMES, GGUF_FORMATS, CodePlane, Format, IntFormat, get_format, layout
+from jax_qgemm.formats.activations import q8_1_from_bytes
 from jax_qgemm.formats.integer import SCALE_DTYPES
 
 
@@ -88,6 +89,18 @@ def test_dequantize_agrees_with_the_native_decoder(format):
     values = np.asarray(w.dequantize())
     np.testing.assert_array_equal(values.view(np.uint32), dense.astype(np.float32).view(np.uint32))
     np.testing.assert_array_equal(values.T.view(np.uint32), native_dequantize(w).view(np.uint32))
+
+
+def test_native_decoder_of_q8_1():
+    """x = d * q, from the block's bytes: f16 d, f16 s (not read), 32 int8."""
+    raw = np.random.default_rng(0).integers(0, 256, (200, 36), np.uint8)
+    scales = raw[:, :2].copy().view(np.float16).astype(np.float32)
+    raw, scales = raw[np.isfinite(scales[:, 0])], scales[np.isfinite(scales[:, 0])]
+    expected = scales * raw[:, 4:].view(np.int8).astype(np.float32)
+    values = _native.dequantize_q8_1(raw.reshape(-1)).reshape(-1, 32)
+    np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
+    decoded = np.asarray(q8_1_from_bytes(raw).dequantize())
+    np.testing.assert_array_equal(decoded.view(np.uint32), expected.view(np.uint32))
 
 
 def test_unknown_format_is_refused():

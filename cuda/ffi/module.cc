@@ -78,6 +78,18 @@ nb::object dequantize(const std::string& format, const std::vector<Plane>& plane
   return nb::cast(nb::ndarray<nb::numpy, float>(values, {static_cast<size_t>(n), static_cast<size_t>(k)}, owner));
 }
 
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::object dequantize_q8_1(const Bytes& raw) {
+  using Block = jax_qgemm::Q8_1::Block;
+  if (raw.size() % sizeof(Block) != 0) throw std::invalid_argument("raw: not a whole number of q8_1 blocks");
+  const size_t count = raw.size() / sizeof(Block), floats = count * jax_qgemm::Q8_1::kBlock;
+  auto* values = new float[floats];
+  nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  jax_qgemm::host::dequantize_q8_1(raw.data(), static_cast<int64_t>(count), values);
+  return nb::cast(nb::ndarray<nb::numpy, float>(values, {floats}, owner));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -87,6 +99,7 @@ NB_MODULE(_native, m) {
         "For every format, its planes as (name, is_code, bits, shift, group), for comparison with the Python tables.");
   m.def("dequantize", &dequantize, "format"_a, "planes"_a, "n"_a, "k"_a, "group_size"_a = 0, "scale_type"_a = 0,
         "The C++ decoder, element by element: float32 (n, k) of the planes of one weight.");
+  m.def("dequantize_q8_1", &dequantize_q8_1, "raw"_a, "The same of q8_1 blocks: float32 of uint8 (blocks * 36,).");
   m.def(
       "set_host_instruction_set",
       [](const std::string& name) {

@@ -38,4 +38,12 @@ bool dequantize(std::string_view format, Weight w, int64_t n, int64_t k, float* 
   });
 }
 
+void dequantize_q8_1(const void* blocks, int64_t count, float* out) {
+  for (int64_t b = 0; b < count; ++b) {
+    Q8_1::Block block;
+    memcpy(&block, static_cast<const char*>(blocks) + b * sizeof block, sizeof block);
+    for (int i = 0; i < Q8_1::kBlock; ++i) out[b * Q8_1::kBlock + i] = Q8_1::value(block, i);
+  }
+}
+
 }  // namespace jax_qgemm::host
