@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tile/ptx.cuh"
 
@@ -37,38 +38,26 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 }
 
 // Turns levels (four unsigned bytes of one row, elements k, k+8, k+1, k+9) into the row's two fragment registers, as
-// exact integers level - zero.
+// exact integers level - zero: 0x6400 | u is the f16 1024 + u, and 0x4300 | u the bf16 128 + u for u below 128.
 template <bool IsBF16, bool Wide>
-struct Converter;
+struct Converter {
+  using Vector = std::conditional_t<IsBF16, __nv_bfloat162, __half2>;
+  static constexpr uint32_t kMagic = IsBF16 ? 0x43434343u : 0x64646464u;
+  Vector offset;
 
-// f16: 0x6400 | u is 1024 + u.
-template <bool Wide>
-struct Converter<false, Wide> {
-  __half2 offset;
-  __device__ explicit Converter(int zero) : offset(__float2half2_rn(1024.0f + static_cast<float>(zero))) {}
-
+  __device__ explicit Converter(int zero) {
+    if constexpr (IsBF16) {
+      offset = __float2bfloat162_rn(128.0f + static_cast<float>(zero));
+    } else {
+      offset = __float2half2_rn(1024.0f + static_cast<float>(zero));
+    }
+  }
   __device__ __forceinline__ void operator()(uint32_t levels, uint32_t& low, uint32_t& high) const {
-    low = subtract(__byte_perm(levels, 0x64646464u, 0x4240));
-    high = subtract(__byte_perm(levels, 0x64646464u, 0x4341));
+    low = subtract(__byte_perm(levels, kMagic, 0x4240));
+    high = subtract(__byte_perm(levels, kMagic, 0x4341));
   }
   __device__ __forceinline__ uint32_t subtract(uint32_t v) const {
-    const __half2 d = __hsub2(reinterpret_cast<const __half2&>(v), offset);
-    return reinterpret_cast<const uint32_t&>(d);
-  }
-};
-
-// bf16, levels below 128: 0x4300 | u is 128 + u.
-template <>
-struct Converter<true, false> {
-  __nv_bfloat162 offset;
-  __device__ explicit Converter(int zero) : offset(__float2bfloat162_rn(128.0f + static_cast<float>(zero))) {}
-
-  __device__ __forceinline__ void operator()(uint32_t levels, uint32_t& low, uint32_t& high) const {
-    low = subtract(__byte_perm(levels, 0x43434343u, 0x4240));
-    high = subtract(__byte_perm(levels, 0x43434343u, 0x4341));
-  }
-  __device__ __forceinline__ uint32_t subtract(uint32_t v) const {
-    const __nv_bfloat162 d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(v), offset);
+    const Vector d = __hsub2(reinterpret_cast<const Vector&>(v), offset);
     return reinterpret_cast<const uint32_t&>(d);
   }
 };
