@@ -8,6 +8,8 @@ Writes benchmarks/results/<device>-verify.json. Fails if a test fails or the san
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -21,13 +23,19 @@ from benchmarks import harness
 ROOT = Path(__file__).parent.parent
 
 
-def run(command: list[str]) -> tuple[int, str, float]:
+def run(command: list[str], **environment: str) -> tuple[int, str, float]:
     """Exit status, output and seconds; the output is shown as it comes."""
     print("$", " ".join(command), flush=True)
     start = time.perf_counter()
     lines = []
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -40,7 +48,10 @@ def gpu_tests() -> dict[str, float | int]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
-        status, _, seconds = run(command)
+        # Most of the time goes into compiling small functions: several processes share the GPU.
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(8, os.cpu_count() or 1))]
+        status, _, seconds = run(command, XLA_PYTHON_CLIENT_PREALLOCATE="false")
         suite = ElementTree.parse(report).getroot().find("testsuite")
     if suite is None:
         raise RuntimeError("pytest wrote no report")

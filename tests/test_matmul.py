@@ -85,6 +85,17 @@ def test_leading_axes(shape):
     check_product(np.reshape(out, (-1, 48)), x.reshape(-1, 96), dense, product_limit("float32"))
 
 
+@pytest.mark.parametrize("m", [3, 40])
+def test_no_k_at_all_is_zero(m):
+    """A per-channel weight of k = 0, which `quantize` refuses but arrays can make."""
+    format = qg.int8(-1)
+    planes = [jnp.zeros(format.plane_shape(plane, 33, 0), format.plane_dtype(plane)) for plane in format.planes]
+    w = qg.QTensor(tuple(planes), format, (0, 15))
+    assert w.shape == (0, 33)
+    out = product(np.zeros((m, 0), np.float32), w)
+    np.testing.assert_array_equal(np.asarray(out), np.zeros((m, 33), np.float32))
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_any_finite_scale(format):
     """Scales over the whole range of their type, subnormal ones included, and x that undoes none of it."""

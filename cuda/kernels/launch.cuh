@@ -98,7 +98,8 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
   *served = false;
   // The kernel counts tiles and pairs of rows in 32 bits.
   if (p.batch * p.tile_rows() * p.w.k_blocks * (kStageOf<F> / 16) > std::numeric_limits<int>::max()) return nullptr;
-  if (p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes) return nullptr;
+  if (stages == 0 || p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes)
+    return nullptr;
   const auto shared_bytes = [&](const GemvConfig& c) {
     return GemvShared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
                       F::kHasMinimum, c)
