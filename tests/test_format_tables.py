@@ -97,7 +97,7 @@ def test_native_decoder_of_q8_1():
     scales = raw[:, :2].copy().view(np.float16).astype(np.float32)
     raw, scales = raw[np.isfinite(scales[:, 0])], scales[np.isfinite(scales[:, 0])]
     expected = scales * raw[:, 4:].view(np.int8).astype(np.float32)
-    values = _native.dequantize_q8_1(raw.reshape(-1)).reshape(-1, 32)
+    values = np.asarray(_native.dequantize_q8_1(raw.reshape(-1))).reshape(-1, 32)
     np.testing.assert_array_equal(values.view(np.uint32), expected.view(np.uint32))
     decoded = np.asarray(q8_1_from_bytes(raw).dequantize())
     np.testing.assert_array_equal(decoded.view(np.uint32), expected.view(np.uint32))
