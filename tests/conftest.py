@@ -1,9 +1,12 @@
-"""Tests marked `gpu` are skipped, with what is missing as the reason, where they cannot run."""
+"""Tests marked `gpu` are skipped, with what is missing as the reason, where they cannot run; shared fixtures."""
+
+from collections.abc import Iterator
 
 import jax
 import pytest
 
 import jax_qgemm as qg
+from jax_qgemm import _native
 
 
 def missing_for_gpu() -> str | None:
@@ -28,3 +31,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"the tests marked gpu were asked for; running them {missing}")
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.fixture(params=qg.build_info().host_instruction_sets)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the CPU kernels were built for, in use."""
+    try:
+        _native.set_host_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"needs a CPU with {request.param}")
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield request.param
+    _native.set_host_instruction_set("")

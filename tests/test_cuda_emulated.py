@@ -5,13 +5,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_qgemm as qg
-from benchmarks import harness
 from jax_qgemm.formats import FORMAT_NAMES, get_format
 from jax_qgemm.formats.integer import SCALE_DTYPES, IntFormat
 from jax_qgemm.formats.layout import TILE_N
@@ -82,9 +82,8 @@ def run(function, x: jax.Array, w: qg.QTensor, *, transpose=False, highest=False
     return out.astype(np.float64)
 
 
-def random_weight(format, k, n, seed):
-    w = harness.random_weight(get_format(format), k, n, seed)
-    return w, np.asarray(w.dequantize(), np.float64)
+def random_weight(format, k, n, seed, batch=None):
+    return cases.random_weight(get_format(format), n, k, np.random.default_rng(seed), batch=batch)
 
 
 def random_x(shape, dtype, seed):
@@ -116,7 +115,7 @@ def test_few_rows_by_the_kernel_for_many(emulated, format):
 
 def test_rows_that_exceed_shared_memory(emulated):
     """8 rows of 16384 take 256 KiB: "auto" goes to the other kernel, "gemv" refuses."""
-    w, dense = random_weight("q4_0", 16384, 16, 0)
+    w, dense = random_weight(qg.int4(128), 16384, 16, 0)
     x, exact = random_x((8, 16384), "float16", 1)
     assert nmse(run(emulated, x, w), exact @ dense) <= LIMITS["float16"]
     with pytest.raises(AssertionError, match="don't fit into shared memory"):
@@ -146,9 +145,7 @@ def test_decodes_to_the_bit(emulated, format):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32"])
 def test_batch_and_output_types(emulated, transpose, out_dtype):
-    weights = [harness.random_weight(get_format("q4_k"), 256, 40, i) for i in range(3)]
-    w = jax.tree.map(lambda *planes: jnp.stack(planes), *weights)
-    dense = np.asarray(w.dequantize(), np.float64)
+    w, dense = random_weight("q4_k", 256, 40, 1, batch=3)
     x, exact = random_x((3, 11, 40 if transpose else 256), "bfloat16", 2)
     expected = exact @ (np.swapaxes(dense, -1, -2) if transpose else dense)
     got = run(emulated, x, w, transpose=transpose, out_dtype=out_dtype)

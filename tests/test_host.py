@@ -16,17 +16,6 @@ import jax_qgemm as qg
 from jax_qgemm import _native
 
 
-@pytest.fixture(params=qg.build_info().host_instruction_sets)
-def instruction_set(request):
-    try:
-        _native.set_host_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"needs a CPU with {request.param}")
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield request.param
-    _native.set_host_instruction_set("")
-
-
 def product(x, w, **options):
     return np.asarray(qg.matmul(jnp.asarray(x), w, precision="highest", **options))
 

@@ -12,7 +12,6 @@ import pytest
 from cases import FORMATS, Case, random_weight, random_x
 
 import jax_qgemm as qg
-from jax_qgemm import _native
 from jax_qgemm.formats import GGUF_FORMATS
 from jax_qgemm.testing import check_product, product_limit
 
@@ -57,19 +56,8 @@ def test_gpu_cover(case):
 # What the cover does not reach.
 
 
-@pytest.fixture(params=qg.build_info().host_instruction_sets)
-def host_instruction_set(request):
-    try:
-        _native.set_host_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"needs a CPU with {request.param}")
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
-    _native.set_host_instruction_set("")
-
-
 @pytest.mark.parametrize("format", FORMATS[::3], ids=str)
-def test_host_instruction_sets(host_instruction_set, format):
+def test_host_instruction_sets(instruction_set, format):
     """The cover runs the best one that the CPU has; these shapes go through every block size of each."""
     for m, x_type, op in itertools.product((1, 5, 131), ("bfloat16", "float32 highest"), cases.OPS):
         check_case(Case(format, m, 45, "tail", x_type, op=op))

@@ -45,6 +45,11 @@ struct GemvShared {
 };
 
 template <class F>
+QG_HD GemvShared gemv_shared(int tokens, int stages, const GemvConfig& c) {
+  return GemvShared(tokens, stages, kStageOf<F>, F::kHasMinimum ? F::kGroup : 1, F::kHasMinimum, c);
+}
+
+template <class F>
 struct LaneStage {
   LaneCodes<F> codes[kStageOf<F> / kTileK];
   GroupRegisters<F> groups;
@@ -75,7 +80,7 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
   const int group_steps = group == 0 || group > kStage ? kSteps : group == 16 ? 2 : group / 16;
   const int64_t batch = blockIdx.y;
 
-  const GemvShared layout(tokens, stages, kStage, F::kHasMinimum ? F::kGroup : 1, F::kHasMinimum, c);
+  const GemvShared layout = gemv_shared<F>(tokens, stages, c);
   auto* shared = static_cast<char*>(ptx::dynamic_shared());
   auto* x = reinterpret_cast<uint16_t*>(shared);
   auto* partial = reinterpret_cast<float*>(shared + layout.x_bytes);

@@ -96,14 +96,12 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
   if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t stages = divide_up(p.k, kStageOf<F>);
   *served = false;
-  // The kernel counts tiles and pairs of rows in 32 bits.
+  // The kernel counts tiles, pairs of rows and bytes of shared memory in 32 bits.
   if (p.batch * p.tile_rows() * p.w.k_blocks * (kStageOf<F> / 16) > std::numeric_limits<int>::max()) return nullptr;
   if (stages == 0 || p.batch > kMaxGridY || stages * kStageOf<F> * p.m * terms * 2 > limits.shared_bytes)
     return nullptr;
   const auto shared_bytes = [&](const GemvConfig& c) {
-    return GemvShared(static_cast<int>(p.m), static_cast<int>(stages), kStageOf<F>, F::kHasMinimum ? F::kGroup : 1,
-                      F::kHasMinimum, c)
-        .total();
+    return gemv_shared<F>(static_cast<int>(p.m), static_cast<int>(stages), c).total();
   };
   const GemvConfig config =
       choose_gemv(p.tile_rows(), static_cast<int>(stages), terms, kGemvMaxWarps<F>, limits, shared_bytes);

@@ -46,9 +46,9 @@ struct GroupRegisters {
 
   uint32_t raw[offset(kCount)];
 
-  // first_block: of the weight's row, in k-blocks.
+  // row: of tiles of the weight; first_block: of that row, in k-blocks.
   template <int I = 0>
-  __device__ __forceinline__ void load(const Weight& w, int, int first_block, int g, int stage) {
+  __device__ __forceinline__ void load(const Weight& w, int row, int first_block, int g, int stage) {
     if constexpr (I < kCount) {
       const int block = stage * kBlocks;
       const auto* pairs = static_cast<const uint32_t*>(w.planes[kFirst + I]) +
@@ -63,7 +63,7 @@ struct GroupRegisters {
           for (int j = 0; j < words(I); ++j) out[j] = 0;
         }
       }
-      load<I + 1>(w, 0, first_block, g, stage);
+      load<I + 1>(w, row, first_block, g, stage);
     }
   }
 

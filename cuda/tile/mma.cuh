@@ -22,9 +22,8 @@ struct MmaBF16 {
   static constexpr uint32_t kOne = 0x3f803f80u;
 };
 
-struct MmaSplitF32 {
-  static constexpr bool kIsBF16 = true, kSplit = true;
-  static constexpr uint32_t kOne = 0x3f803f80u;
+struct MmaSplitF32 : MmaBF16 {
+  static constexpr bool kSplit = true;
 };
 
 // c += a (16 x 16) * b (16 x 8), float32 accumulation.

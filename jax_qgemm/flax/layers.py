@@ -59,7 +59,37 @@ class QLayer(nnx.Module):
         return to_arrays(self.packed)
 
 
-class QLinear(QLayer):
+class QProduct(QLayer):
+    """What the layers that stand for a product have in common: the types in which Flax computes it."""
+
+    def __init__(
+        self,
+        w: QTensor,
+        metadata: Mapping[str, Any],
+        dtype: Any,
+        param_dtype: Any,
+        precision: Any,
+        preferred_element_type: Any,
+    ):
+        super().__init__(w, metadata)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.preferred_element_type = preferred_element_type
+
+    def product(self, x: jax.Array, w: QTensor, bias: jax.Array | None) -> jax.Array:
+        return product(
+            x,
+            w,
+            bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+
+class QLinear(QProduct):
     """``x @ w + bias`` over the last axis of x, as `nnx.Linear`, with a quantized weight.
 
     Attributes:
@@ -94,13 +124,9 @@ class QLinear(QLayer):
           TypeError: w is not a QTensor.
           ValueError: a bias of another shape.
         """
-        super().__init__(w, kernel_metadata)
+        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type)
         *batch, _, n = w.shape
         self.bias = _to_param(bias, (*batch, n))
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.preferred_element_type = preferred_element_type
 
     @property
     def in_features(self) -> int:
@@ -113,18 +139,10 @@ class QLinear(QLayer):
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """(..., k) -> (..., n). Raises as `jax_qgemm.matmul` does, and ValueError for an `out_sharding`."""
         _check_out_sharding(out_sharding)
-        return product(
-            x,
-            self.w,
-            None if self.bias is None else self.bias.get_value(),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
+        return self.product(x, self.w, None if self.bias is None else self.bias.get_value())
 
 
-class QLinearGeneral(QLayer):
+class QLinearGeneral(QProduct):
     """A product over several axes of x, as `nnx.LinearGeneral`, with a quantized weight.
 
     The weight is the dense kernel (*batch, *in_features, *out_features) with each group flattened: k and n
@@ -167,7 +185,7 @@ class QLinearGeneral(QLayer):
           TypeError: w is not a QTensor.
           ValueError: w or bias does not have the shape that the other arguments say.
         """
-        super().__init__(w, kernel_metadata)
+        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type)
         self.in_features = _as_tuple(in_features)
         self.out_features = _as_tuple(out_features)
         self.axis = _as_tuple(axis)
@@ -180,10 +198,6 @@ class QLinearGeneral(QLayer):
                 f"out_features {self.out_features} and batch_axis {dict(batch_axis)} ask for {expected}"
             )
         self.bias = _to_param(bias, (*w.shape[:-2], *self.out_features))
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.precision = precision
-        self.preferred_element_type = preferred_element_type
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Contracts `axis` of x; the other axes keep their order, and `out_features` follow them.
@@ -204,17 +218,7 @@ class QLinearGeneral(QLayer):
         x = jnp.moveaxis(x, axis, range(-len(axis), 0)).reshape(*kept, k)
         bias = None if self.bias is None else self.bias.get_value().reshape(*self.batch_sizes, n)
 
-        def layer(x: jax.Array, w: QTensor, bias: jax.Array | None) -> jax.Array:
-            return product(
-                x,
-                w,
-                bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                precision=self.precision,
-                preferred_element_type=self.preferred_element_type,
-            )
-
+        layer = self.product
         for _ in self.batch_sizes:
             layer = jax.vmap(layer)
         return layer(x, self.w, bias).reshape(*kept, *self.out_features)
