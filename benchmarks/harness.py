@@ -51,11 +51,13 @@ def bits_per_weight(format: Format) -> float:
     """Bits of one weight as stored in a checkpoint: the floor counts these bytes, not the kernel layout's."""
     if isinstance(format, GGUFFormat):
         return 8 * format.block_bytes / format.block
-    bits = float(format.code_bits)
-    for plane in format.planes:
-        if isinstance(plane, GroupPlane) and plane.group:
-            bits += 8 * np.dtype(plane.dtype).itemsize / plane.group
-    return bits
+    return plane_bits(format)
+
+
+def plane_bits(format: Format) -> float:
+    """Bits of one weight in the kernel layout, without padding and values per channel."""
+    groups = [p for p in format.planes if isinstance(p, GroupPlane) and p.group]
+    return format.code_bits + sum(8 * np.dtype(p.dtype).itemsize / p.group for p in groups)
 
 
 def rotate(make: Callable[[int], Any]) -> list[Any]:

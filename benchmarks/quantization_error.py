@@ -3,7 +3,7 @@
 python -m benchmarks.quantization_error
 
 Runs on the CPU, needs the test extra (gguf-py), and writes benchmarks/results/quantization_error.json;
-`python -m benchmarks.report_formats` then puts the figures into docs/formats.md.
+`python -m benchmarks.report` then puts the figures into docs/formats.md.
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ import numpy as np
 
 import jax_qgemm as qg
 from benchmarks import harness
+from benchmarks.report_formats import INT_FORMATS
 from jax_qgemm.formats import GGUF_FORMATS, Format, GGUFFormat
 from jax_qgemm.testing import nmse
 
 SEED, K, N = 0, 4096, 256
-INT_FORMATS: tuple[Format, ...] = tuple(
-    make(group_size, symmetric=symmetric)
-    for make in (qg.int2, qg.int3, qg.int4, qg.int8)
-    for group_size in (32, 128, -1)
-    for symmetric in (True, False)
-)
 RESULTS = harness.RESULTS / "quantization_error.json"
 
 

@@ -11,20 +11,15 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks import report_formats
 from benchmarks.harness import RESULTS
+from benchmarks.markdown import markdown
+from benchmarks.report_formats import ROOT
 
-ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def source(results: dict[str, Any]) -> str:
@@ -73,15 +68,13 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     f"{device}-{kind}": (f"{file}-{kind}.json", writer)
     for device, file in (("cpu", "cpu"), ("h200", "nvidia_h200"))
     for kind, writer in (("demo", demo), ("matmul", matmul))
-}
+} | {name: ("quantization_error.json", writer) for name, writer in report_formats.TABLES.items()}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 
 
 def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in TABLES:
-            return match[0]  # another generator's
-        file, writer = TABLES[name]
+        file, writer = TABLES[match[2]]
         return match[1] + "\n" + writer(json.loads((RESULTS / file).read_text())) + "\n" + match[3]
 
     return _BLOCK.sub(table, text)
@@ -92,7 +85,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is stale")
     args = parser.parse_args()
     stale = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))):
+    for path in PAGES:
         text = path.read_text()
         new = filled(text)
         if new != text:

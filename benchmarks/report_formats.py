@@ -1,42 +1,34 @@
-"""The tables of docs/formats.md, from the formats themselves and benchmarks/results/quantization_error.json.
-
-python -m benchmarks.report_formats [--check]
-
-Replaces what stands between `<!-- table:NAME -->` and `<!-- end -->`; with --check it changes nothing and fails
-if something would change.
-"""
+"""The tables of docs/formats.md, from the formats themselves and benchmarks/results/quantization_error.json."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.quantization_error import INT_FORMATS, RESULTS
-from benchmarks.report import ROOT, markdown
-from jax_qgemm.formats import GGUF_FORMATS, CodePlane, Format, GGUFFormat, IntFormat
+import jax_qgemm as qg
+from benchmarks.harness import plane_bits
+from benchmarks.markdown import markdown
+from jax_qgemm.formats import GGUF_FORMATS, Format, GGUFFormat, GroupPlane, IntFormat
 
-PAGE = ROOT / "docs" / "formats.md"
-_MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parent.parent
+INT_FORMATS: tuple[IntFormat, ...] = tuple(
+    make(group_size, symmetric=symmetric)
+    for make in (qg.int2, qg.int3, qg.int4, qg.int8)
+    for group_size in (32, 128, -1)
+    for symmetric in (True, False)
+)
 _EQUATION = re.compile(r"^// w = (.*)$", re.MULTILINE)
 
 
 def layout_bits(format: Format) -> str:
     """Bits of one weight in the kernel layout, padding aside."""
-    bits, per_channel = 0.0, 0
-    for plane in format.planes:
-        if isinstance(plane, CodePlane):
-            bits += plane.bits
-        elif plane.group:
-            bits += 8 * np.dtype(plane.dtype).itemsize / plane.group
-        else:
-            per_channel += 8 * np.dtype(plane.dtype).itemsize
-    return f"{bits:.6g}" + (f" + {per_channel}/k" if per_channel else "")
+    per_channel = [p for p in format.planes if isinstance(p, GroupPlane) and not p.group]
+    rest = sum(8 * np.dtype(p.dtype).itemsize for p in per_channel)
+    return f"{plane_bits(format):.6g}" + (f" + {rest}/k" if rest else "")
 
 
 def equation(format: GGUFFormat) -> str:
@@ -52,7 +44,7 @@ def _row(results: Mapping[str, Any], format: Format) -> dict[str, Any]:
     for row in results["rows"]:
         if row["format"] == str(format):
             return row
-    raise ValueError(f"{RESULTS.name} has no row for {format}: run python -m benchmarks.quantization_error")
+    raise ValueError(f"no result for {format}: run python -m benchmarks.quantization_error")
 
 
 def gguf_table(results: Mapping[str, Any]) -> str:
@@ -78,7 +70,6 @@ def gguf_table(results: Mapping[str, Any]) -> str:
 def int_table(results: Mapping[str, Any]) -> str:
     rows = []
     for format in INT_FORMATS:
-        assert isinstance(format, IntFormat)
         arguments = f"group_size={format.group_size}, symmetric={format.symmetric}"
         error = f"{_row(results, format)['nmse']:.3g}"
         rows.append((f"`{format.name}({arguments})`", layout_bits(format), error))
@@ -94,24 +85,5 @@ def provenance(results: Mapping[str, Any]) -> str:
     )
 
 
-def filled(page: str) -> str:
-    """The page with its tables as they should be."""
-    results = json.loads(RESULTS.read_text())
-    tables = {"gguf-formats": gguf_table, "int-formats": int_table, "provenance": provenance}
-    return _MARKED.sub(lambda m: f"{m[1]}\n{tables[m[2]](results)}\n{m[3]}", page)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if the page is not up to date")
-    args = parser.parse_args()
-    page = PAGE.read_text()
-    new = filled(page)
-    if args.check and new != page:
-        sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date: run python -m benchmarks.report_formats")
-    if not args.check:
-        PAGE.write_text(new)
-
-
-if __name__ == "__main__":
-    main()
+# Table name -> writer, of the results in quantization_error.json.
+TABLES = {"gguf-formats": gguf_table, "int-formats": int_table, "provenance": provenance}

@@ -122,6 +122,19 @@ def test_rows_that_exceed_shared_memory(emulated):
         run(emulated, x, w, kernel="gemv")
 
 
+@pytest.mark.parametrize(
+    ("m", "format", "reason"),
+    [(9, "q4_0", "more than 8 rows"), (1, qg.int4(16), "groups of 16"), (1, qg.int4(scale_dtype="float32"), "float32")],
+    ids=str,
+)
+def test_gemv_says_why_it_refuses(emulated, m, format, reason):
+    """At run time, where tracing could not know m."""
+    w, _ = random_weight(format, 128, 16, 0)
+    x, _ = random_x((m, 128), "float16", 1)
+    with pytest.raises(AssertionError, match=reason):
+        run(emulated, x, w, kernel="gemv")
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_transposed(emulated, format):
     fmt = get_format(format)

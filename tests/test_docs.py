@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report_formats
+from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -64,9 +64,10 @@ def test_public_names_are_documented(module):
         assert name in documented or isinstance(getattr(public, name), types.ModuleType), f"{module}.{name}"
 
 
-def test_format_tables_are_up_to_date():
-    page = report_formats.PAGE.read_text()
-    assert report_formats.filled(page) == page, "run python -m benchmarks.report_formats"
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.name)
+def test_tables_are_up_to_date(path):
+    page = path.read_text()
+    assert report.filled(page) == page, "run python -m benchmarks.report"
 
 
 @pytest.mark.parametrize("name", ["tile", "words"])

@@ -130,7 +130,13 @@ const char* launch_forward(const Product& p, int terms, cudaStream_t stream) {
     const char* problem = launch_gemv<F, T>(p, terms, stream, &served);
     if (served || problem) return problem;
   }
-  if (p.kernel == "gemv") return "kernel gemv does not serve this product: the rows of x don't fit into shared memory";
+  if (p.kernel == "gemv") {
+    if (p.m > kGemvTokens) return "kernel gemv does not serve this product: x has more than 8 rows";
+    if (!gemv_serves<F>(p.w)) return "kernel gemv does not serve integer groups of 16 or float32 scales";
+    return "kernel gemv does not serve this product: the rows of x don't fit into shared memory, or the weights are "
+           "more "
+           "than it can count";
+  }
   return launch_gemm_sm80<F, T>(p, terms, stream);
 }
 
