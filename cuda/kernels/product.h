@@ -11,7 +11,22 @@ namespace jax_qgemm {
 
 enum class Scalar : int32_t { kF16, kBF16, kF32 };
 
-// forward:    x (batch, m, k) @ w (batch, k, n)   -> out (batch, m, n)
+enum class Activation : int32_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+
+// What happens to the float32 sums before they are stored: activation(scale * sum + bias) + residual. Gated, tile rows
+// 2i and 2i + 1 of w are 16 columns of a gate and of what it opens, and an element is
+// activation(scale * gate + bias) * (scale * up + bias) + residual. A null pointer leaves its part out.
+struct Epilogue {
+  const float* scale;    // element batch * scale_stride
+  const void* bias;      // element batch * bias_stride + column of w
+  const void* residual;  // of the shape of out
+  int64_t scale_stride, bias_stride;
+  Scalar bias_type, residual_type;
+  Activation activation;
+  bool gated;
+};
+
+// forward:    x (batch, m, k) @ w (batch, k, n)   -> out (batch, m, n), or (batch, m, n / 2) gated
 // transpose:  x (batch, m, n) @ w^T (batch, n, k) -> out (batch, m, k)
 struct Product {
   std::string_view format;
@@ -24,6 +39,9 @@ struct Product {
   int64_t batch, m, n, k;
   bool transpose;
   bool highest;  // float32 x: full float32 products, else TF32-class
+  Epilogue epilogue;
+
+  QG_HD int64_t out_columns() const { return epilogue.gated ? n / 2 : n; }
 
   QG_HD int64_t tile_rows() const { return (n + kTileN - 1) / kTileN; }  // of one weight of the batch
 };
