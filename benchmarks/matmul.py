@@ -1,91 +1,153 @@
-"""Times of matmul by format, shape and m, with XLA's dense dot and int4 dequantize-and-dot in the same run.
+"""Times of matmul by format, shape and m, beside XLA's dense dot, XLA's int4 and a plain read of the same bytes.
 
-python -m benchmarks.matmul [--formats q4_0,int4] [--shapes 4096x4096] [--m 1,8,64] [--dtype bfloat16]
+python -m benchmarks.matmul [--formats int4,q4_0,int8:-1] [--shapes 4096x4096|decode|untuned] [--m 1,8,64|all]
+                            [--baseline-m 1,8,64|none] [--dtype float16] [--name matmul] [--plot PICTURE]
 
-Prints a table and writes benchmarks/results/<device>-matmul.json. Shapes are n x k, times microseconds.
+Prints a line a measurement and writes benchmarks/results/<device>-<name>.json after every shape. Shapes are n x k,
+times microseconds. `floor` is a plain read of the bytes that the weight has in a checkpoint, `read` one of the bytes
+that the kernel reads, both measured in this run (benchmarks/timing.py says how).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 import jax_qgemm as qg
-from benchmarks import harness
-from jax_qgemm.formats import FORMAT_NAMES, get_format
+from benchmarks import harness, timing
 
-SHAPES = "4096x4096,28672x4096,4096x14336"
-
-
-# Kinds of baselines, by the type of x.
-DENSE = {"bfloat16": "xla_bf16", "float16": "xla_f16", "float32": "xla_f32"}
-
-
-def xla_dense(n: int, k: int, x: jax.Array) -> float:
-    key = jax.random.key(0)
-    weights = harness.rotate(lambda i: jax.random.normal(jax.random.fold_in(key, i), (k, n), x.dtype))
-    return harness.time_products(jnp.matmul, x, weights)
+FORMATS = "int4,q4_0,q4_k,q6_k,q8_0,mxfp4"
+SHAPES = {
+    "decode": "4096x4096,6144x4096,12288x4096,4096x14336,28672x4096",
+    "untuned": "5120x13824,3584x18944,640x2048,1000x4096,32000x4096,151936x896",
+}
+XLA_INT4_GROUP = 128
+XLA_INT4_BITS = 4 + 16 / XLA_INT4_GROUP
 
 
-def xla_int4(n: int, k: int, x: jax.Array) -> float:
-    """Groups of 128, dequantized in the graph."""
-    key = jax.random.key(1)
-
-    def make(i):
-        codes = jax.random.randint(jax.random.fold_in(key, i), (k // 128, 128, n), -8, 8, jnp.int8)
-        scales = jax.random.uniform(jax.random.fold_in(key, i), (k // 128, 1, n), x.dtype)
-        return codes.astype(jnp.int4), scales
-
-    def product(x, w):
-        codes, scales = w
-        dense = (codes.astype(x.dtype) * scales).reshape(k, n)
-        return lax.dot(x, dense)
-
-    return harness.time_products(product, x, harness.rotate(make))
+@functools.partial(jax.jit, static_argnames=("k", "n", "dtype"))
+def _dense(k: int, n: int, dtype: str, seed: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), (k, n), dtype)
 
 
-def rotated_weights(name: str, k: int, n: int) -> list[qg.QTensor]:
-    format = get_format(name)
-    return harness.rotate(lambda i: harness.random_weight(format, k, n, i))
+@functools.partial(jax.jit, static_argnames=("k", "n", "dtype"))
+def _grouped(k: int, n: int, dtype: str, seed: int) -> tuple[jax.Array, jax.Array]:
+    groups = k // XLA_INT4_GROUP
+    codes = jax.random.bits(jax.random.key(seed, impl="rbg"), (groups, XLA_INT4_GROUP, n), jnp.uint8)
+    scales = jax.random.uniform(jax.random.key(seed), (groups, 1, n), dtype)
+    return ((codes & 15).astype(jnp.int8) - 8).astype(jnp.int4), scales
+
+
+def _dequantize_and_dot(x: jax.Array, w: tuple[jax.Array, jax.Array]) -> jax.Array:
+    codes, scales = w
+    return lax.dot(x, (codes.astype(x.dtype) * scales).reshape(-1, codes.shape[-1]))
+
+
+class Baselines:
+    """XLA's own products of one shape: dense, and int4 dequantized in the graph in groups of 128."""
+
+    def __init__(self, n: int, k: int, x_dtype: str):
+        self.n, self.k = n, k
+        # In bfloat16 for x of 16 bits, whichever they are: XLA is as fast with both.
+        self.dtype = "float32" if x_dtype == "float32" else "bfloat16"
+        self.dense = f"xla_{'f32' if x_dtype == 'float32' else 'bf16'}"
+
+    def bytes(self) -> dict[str, int]:
+        elements = self.n * self.k
+        sizes = {self.dense: elements * jnp.dtype(self.dtype).itemsize}
+        if self.k % XLA_INT4_GROUP == 0:
+            sizes["xla_int4"] = round(elements * XLA_INT4_BITS / 8)
+        return sizes
+
+    def times(self, m_values: Sequence[int]) -> dict[tuple[str, int], timing.Timing]:
+        makers = {self.dense: (_dense, jnp.matmul), "xla_int4": (_grouped, _dequantize_and_dot)}
+        times = {}
+        for kind in self.bytes():
+            make, product = makers[kind]
+            weights = timing.rotate(functools.partial(make, self.k, self.n, self.dtype))
+            for m in m_values:
+                x = harness.random_x(m, self.k, self.dtype)
+                times[kind, m] = timing.time_products(product, x, weights)
+        return times
+
+
+def measure_shape(
+    n: int, k: int, formats: Sequence[str], m_values: Sequence[int], baseline_m: Sequence[int], dtype: str
+) -> list[dict[str, Any]]:
+    """Rows of one shape: kind, n, k, m, us, spread, bytes, read_us, floor_us."""
+    kinds = {text: harness.parse_format(text) for text in formats}
+    kinds = {text: format for text, format in kinds.items() if k % format.block == 0}
+    baselines = Baselines(n, k, dtype)
+    runs: dict[tuple[str, int], timing.Run] = {}
+    read = baselines.bytes() if baseline_m else {}
+    for text, format in kinds.items():
+        weights = timing.rotate(functools.partial(harness.random_weight, format, k, n))
+        read[text] = weights[0].nbytes
+        runs |= {(text, m): timing.lower_products(qg.matmul, harness.random_x(m, k, dtype), weights) for m in m_values}
+    stored = read | {text: round(n * k * harness.bits_per_weight(format) / 8) for text, format in kinds.items()}
+    compiled = dict(zip(runs, timing.compile_all(runs.values()), strict=True))
+    times = {key: timing.measure(run) for key, run in compiled.items()} | baselines.times(baseline_m)
+    runs.clear()
+    compiled.clear()
+    reads = timing.time_reads({*read.values(), *stored.values()})
+    return [
+        {"kind": kind, "n": n, "k": k, "m": m}
+        | times[kind, m].row()
+        | {"bytes": read[kind], "read_us": reads[read[kind]][0] * 1e6, "read_by": reads[read[kind]][1]}
+        | {"floor_us": reads[stored[kind]][0] * 1e6}
+        for kind, m in sorted(times, key=lambda key: (key[1], list(read).index(key[0])))
+    ]
+
+
+def line(row: dict[str, Any]) -> str:
+    text = (
+        f"{row['n']:6} x {row['k']:<6} m={row['m']:<4} {row['kind']:10} {row['us']:9.2f} us +-{row['spread']:4.0%}"
+        f"  {row['us'] / row['read_us']:6.2f} x read {row['read_us']:8.2f}  {row['us'] / row['floor_us']:6.2f} x floor"
+    )
+    # A product of ours is one custom call; anything else in the graph would be timed with it.
+    extra = {op: count for op, count in row.get("ops", {}).items() if op != "custom-call"}
+    if extra and not row["kind"].startswith("xla_"):
+        text += f"  also in the graph: {extra}"
+    return text + ("  HOST-BOUND" if row.get("host_bound") else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default=",".join(FORMAT_NAMES))
-    parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--m", default="1,8,64,512")
-    parser.add_argument("--dtype", default="bfloat16", choices=DENSE)
+    parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--shapes", default="decode", help=f"n x k, or one of {', '.join(SHAPES)}")
+    parser.add_argument("--m", default="1,2,4,8,16,32,64", help="or all: 1 to 64")
+    parser.add_argument("--baseline-m", default="1,8,16,64", help="the m of XLA's products, or none")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--name", default="matmul", help="of the result file")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="also draw it, as SVG or PNG")
     args = parser.parse_args()
+    m_values = list(range(1, 65)) if args.m == "all" else [int(m) for m in args.m.split(",")]
+    baseline_m = [] if args.baseline_m == "none" else [int(m) for m in args.baseline_m.split(",")]
 
-    dense = DENSE[args.dtype]
-    bandwidth = harness.read_bandwidth()
-    rows = []
-    for shape in args.shapes.split(","):
-        n, k = map(int, shape.split("x"))
-        # One set of weights a format serves every m.
-        kinds = {name: rotated_weights(name, k, n) for name in args.formats.split(",")}
-        for m in map(int, args.m.split(",")):
-            x = jax.random.normal(jax.random.key(2), (m, k), args.dtype)
-            times = {dense: xla_dense(n, k, x), "xla_int4": xla_int4(n, k, x)}
-            times |= {name: harness.time_products(qg.matmul, x, weights) for name, weights in kinds.items()}
-            for name, seconds in times.items():
-                if name == dense:
-                    stored = float(x.dtype.itemsize) * n * k
-                else:
-                    bits = 4.125 if name == "xla_int4" else harness.bits_per_weight(get_format(name))
-                    stored = bits / 8 * n * k
-                floor = stored / bandwidth
-                row = {"kind": name, "n": n, "k": k, "m": m, "us": seconds * 1e6, "floor_us": floor * 1e6}
-                rows.append(row)
-                print(
-                    f"{n:6} x {k:<6} m={m:<5} {name:9} {seconds * 1e6:9.1f} us  floor {floor * 1e6:7.1f}",
-                    flush=True,
-                )
-    path = harness.write_results("matmul", {"dtype": args.dtype, "read_bandwidth": bandwidth, "rows": rows})
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s; wrote {path}")
+    start = time.perf_counter()
+    results: dict[str, Any] = {"dtype": args.dtype, "read_bandwidth": timing.read_bandwidth(), "rows": []}
+    print(f"a read of 1 GiB: {results['read_bandwidth'] / 1e12:.2f} TB/s", flush=True)
+    path = harness.results_path(args.name)
+    for n, k in harness.parse_shapes(args.shapes, SHAPES):
+        rows = measure_shape(n, k, args.formats.split(","), m_values, baseline_m, args.dtype)
+        print("\n".join(map(line, rows)))
+        print(f"{n} x {k} done at {time.perf_counter() - start:.0f} s", flush=True)
+        results["rows"] += rows
+        path = harness.write_results(args.name, results)
+    print(f"wrote {path}")
+    if args.plot:
+        from benchmarks import plot  # needs the bench extra
+
+        plot.draw_file(path, args.plot)
+        print(f"wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import jax_qgemm as qg
-from benchmarks.harness import plane_bits
+from benchmarks.harness import ROOT, plane_bits
 from benchmarks.markdown import markdown
 from jax_qgemm.formats import GGUF_FORMATS, Format, GGUFFormat, GroupPlane, IntFormat
 
-ROOT = Path(__file__).parent.parent
 INT_FORMATS: tuple[IntFormat, ...] = tuple(
     make(group_size, symmetric=symmetric)
     for make in (qg.int2, qg.int3, qg.int4, qg.int8)

@@ -21,7 +21,7 @@ from jax_qgemm.formats import (  # noqa: E402
     quantize,
     quantize_activations,
 )
-from jax_qgemm.ops import matmul, take  # noqa: E402
+from jax_qgemm.ops import gated_matmul, interleave_gate_up, matmul, take  # noqa: E402
 
 __all__ = [
     "BuildInfo",
@@ -30,10 +30,12 @@ __all__ = [
     "build_info",
     "export_safety_checks",
     "formats",
+    "gated_matmul",
     "int2",
     "int3",
     "int4",
     "int8",
+    "interleave_gate_up",
     "io",
     "matmul",
     "quantize",

@@ -9,6 +9,8 @@ from jax_qgemm import _native
 from jax_qgemm._build_info import build_info
 
 MATMUL_TARGET = "jax_qgemm.matmul.v1"
+FUSED_MATMUL_TARGET = "jax_qgemm.fused_matmul.v1"
+DEQUANTIZE_TARGET = "jax_qgemm.dequantize.v1"
 
 
 def register() -> None:
@@ -25,7 +27,8 @@ def export_safety_checks() -> list[export.DisabledSafetyCheck]:
 
     The targets carry a version in their names; a serialized function runs with any jax_qgemm that has them.
     """
-    return [export.DisabledSafetyCheck.custom_call(MATMUL_TARGET)]
+    targets = (MATMUL_TARGET, FUSED_MATMUL_TARGET, DEQUANTIZE_TARGET)
+    return [export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
 
 def require_cuda() -> None:

@@ -33,6 +33,7 @@ def ops() -> Iterator[tuple[str, Callable, tuple]]:
         w = qg.quantize(kernel, format)
         yield f"matmul {format}", qg.matmul, (x, w)
         yield f"gradient of matmul {format}", jax.grad(loss), (x, w)
+        yield f"gated_matmul {format}", qg.gated_matmul, (x, w)
         yield f"take {format}", qg.take, (w, jax.ShapeDtypeStruct((M,), jnp.int32))
 
 

@@ -130,10 +130,30 @@ MUTANTS = (
     Mutant(
         "tail-column",
         "the last column of a partial tile is zero",
-        "cuda/host/matmul_kernels.h",
-        "  from_f32(values, p.out_type, p.n - column < kTileN ?",
-        "  if (p.n - column < kTileN) values[p.n - column - 1] = 0;\n"
-        "  from_f32(values, p.out_type, p.n - column < kTileN ?",
+        "cuda/host/epilogue.h",
+        "  from_f32(columns,",
+        "  if (tile.count < kTileN) columns[tile.count - 1] = 0;\n  from_f32(columns,",
+    ),
+    Mutant(
+        "bias-scale",
+        "the bias is multiplied by the global scale too",
+        "cuda/host/epilogue.h",
+        "tile.scale * sum_lanes(part) + tile.bias[j]",
+        "tile.scale * (sum_lanes(part) + tile.bias[j])",
+    ),
+    Mutant(
+        "bias-batch",
+        "every weight of a batch has the bias of the first",
+        "cuda/host/epilogue.h",
+        "weight * e.bias_stride + column",
+        "column",
+    ),
+    Mutant(
+        "gate-is-up",
+        "a gated product activates what the gate opens instead of the gate",
+        "cuda/host/epilogue.h",
+        "if (!is_up) values[j] = activate",
+        "if (!is_gate) values[j] = activate",
     ),
     Mutant(
         "m-tail",

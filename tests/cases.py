@@ -115,6 +115,54 @@ def transform_cases(transforms: tuple[str, ...], formats: tuple[Format, ...], m:
     return [Case(**row) for row in cover(factors, seed=3)]
 
 
+@dataclasses.dataclass(frozen=True)
+class FusedCase(Case):
+    """``activation(scale * x @ w + bias) + residual``; gated, n counts the columns of the result, a multiple of 16."""
+
+    activation: str | None = None
+    scale: bool = False
+    bias: str | None = None  # their types
+    residual: str | None = None
+    out_dtype: str = "float32"
+    gated: bool = False
+
+    def __str__(self) -> str:
+        kind = "gated" if self.gated else "fused"
+        words = (kind, self.activation, self.scale, self.bias, self.residual, self.out_dtype, super().__str__())
+        return "-".join(map(str, words))
+
+
+_FLOATS = ("float16", "bfloat16", "float32")
+_FUSED_FACTORS = {
+    "format": FORMATS,
+    "m": M,
+    "n": N,
+    "k_kind": K,
+    "x_type": X,
+    "activation": (None, "silu", "gelu", "gelu_tanh", "relu"),
+    "scale": (False, True),
+    "bias": (None, *_FLOATS),
+    "residual": (None, *_FLOATS),
+    "out_dtype": _FLOATS,
+    "gated": (False, True),
+}
+
+
+def fused_cases() -> list[FusedCase]:
+    """Every pair of values, about 250 cases."""
+    return _fused_cases(_FUSED_FACTORS)
+
+
+def gpu_fused_cases() -> list[FusedCase]:
+    """What `make test-gpu` adds: the same over every integer format, 1,500 cases."""
+    return _fused_cases(_FUSED_FACTORS | {"format": ALL_FORMATS}, count=1500)
+
+
+def _fused_cases(factors: dict[str, Any], count: int = 0) -> list[FusedCase]:
+    rows = cover(factors, seed=4, count=count)
+    return [FusedCase(**row | {"n": -(-row["n"] // 16) * 16 if row["gated"] else row["n"]}) for row in rows]
+
+
 # Random operands.
 
 

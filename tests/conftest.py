@@ -1,7 +1,9 @@
 """Tests marked `gpu` are skipped, with what is missing as the reason, where they cannot run; shared fixtures."""
 
+import shutil
 from collections.abc import Iterator
 
+import emulated as emulation
 import jax
 import pytest
 
@@ -43,3 +45,11 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     with jax.default_device(jax.devices("cpu")[0]):
         yield request.param
     _native.set_host_instruction_set("")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulated:
+    """The CUDA kernels, compiled for the CPU."""
+    if shutil.which("make") is None or shutil.which("g++") is None:
+        pytest.skip("needs make and g++ to compile the kernels for the CPU")
+    return emulation.build(tmp_path_factory.mktemp("emulation"))

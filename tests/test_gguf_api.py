@@ -14,7 +14,7 @@ import pytest
 
 from jax_qgemm import io
 from jax_qgemm.formats import QTensor, int4, quantize
-from jax_qgemm.io import gguf as gguf_module
+from jax_qgemm.io import _selection
 from tests import gguf_builder as gb
 from tests.gguf_builder import Entry, Tensor
 
@@ -214,7 +214,7 @@ class Terminal(stdio.StringIO):
 def test_progress_bar(small, monkeypatch, progress, stream, threshold, shown):
     stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(gguf_module, "_PROGRESS_BYTES", threshold)  # the file's tensors have 112 bytes
+    monkeypatch.setattr(_selection, "PROGRESS_BYTES", threshold)  # the file's tensors have 112 bytes
     io.load_gguf(small, progress=progress)
     assert ("small.gguf: 100%" in stderr.getvalue()) == shown
     assert shown or not stderr.getvalue()

@@ -14,7 +14,7 @@ from cases import FORMATS, random_weight
 from jax import export
 
 import jax_qgemm as qg
-from jax_qgemm._registration import MATMUL_TARGET
+from jax_qgemm._registration import FUSED_MATMUL_TARGET, MATMUL_TARGET
 from jax_qgemm.testing import check_product, product_limit
 
 needs_cuda_build = pytest.mark.skipif(not qg.build_info().cuda, reason="needs a build with CUDA")
@@ -38,16 +38,31 @@ def _unrolled(x, stacked):
     return jnp.stack([qg.matmul(x, stacked[i]) for i in range(LAYERS)])
 
 
+def _epilogue(x, w):
+    return qg.matmul(x, w, bias=x[0, :N], activation="silu", residual=x[:, :N])
+
+
+def _gated(x, w):  # any weight of a multiple of 32 columns holds a gate and what it opens
+    return qg.gated_matmul(x, w, bias=x[0, :N], residual=x[:, : N // 2])
+
+
 # name: function of x and a weight, batch of the weight, custom calls in its module
 OPS = {
     "matmul": (qg.matmul, None, 1),
-    "epilogue": (lambda x, w: qg.matmul(x, w, bias=x[0, :N], activation="silu", residual=x[:, :N]), None, 1),
+    "epilogue": (_epilogue, None, 1),
+    "gated": (_gated, None, 1),
+    "vmap of gated": (jax.vmap(_gated, (None, 0)), LAYERS, 1),
+    "grad of gated": (jax.grad(lambda x, w: jnp.sum(_gated(x, w).astype(jnp.float32))), None, 2),
     "grad": (jax.grad(_loss), None, 2),
     "vmap over x": (jax.vmap(qg.matmul, (0, None)), None, 1),
     "vmap over w": (jax.vmap(qg.matmul, (None, 0)), LAYERS, 1),
     "scan": (_scan, LAYERS, 1),
     "unrolled": (_unrolled, LAYERS, LAYERS),
 }
+
+
+def _calls(module):
+    return sum(module.count(f"custom_call @{target}") for target in (MATMUL_TARGET, FUSED_MATMUL_TARGET))
 
 
 def _export(function, *arguments):
@@ -62,7 +77,8 @@ def test_cuda_lowering_exports(op, dtype):
     function, batch, calls = OPS[op]
     w, _ = _weight(qg.formats.get_format("q4_k"), batch)
     module = _export(function, jax.ShapeDtypeStruct((M, K), dtype), w).mlir_module()
-    assert module.count(f"custom_call @{MATMUL_TARGET}") == calls
+    assert _calls(module) == calls
+    assert (FUSED_MATMUL_TARGET in module) == (op in ("epilogue", "gated", "vmap of gated"))
 
 
 @needs_cuda_build
@@ -85,28 +101,49 @@ def test_cuda_lowering_with_symbolic_m():
 
 
 @needs_cuda_build
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh", "relu"])
+def test_cuda_lowering_of_an_epilogue(activation):
+    w, _ = _weight(qg.int4(128))
+    function = functools.partial(qg.gated_matmul, activation=activation)
+    module = _export(function, jax.ShapeDtypeStruct((M, K), jnp.bfloat16), w).mlir_module()
+    assert f'activation = "{activation or "none"}"' in module
+    assert "gated = true" in module
+
+
+@needs_cuda_build
 @pytest.mark.parametrize(
-    ("m", "format", "reasons"),
+    ("kernel", "m", "k", "dtype", "format", "reasons"),
     [
-        (9, qg.formats.get_format("q4_0"), ["x has 9 rows, more than 8"]),
-        (8, qg.int8(16), ["integer groups of 32 and more"]),
-        (9, qg.int4(16, scale_dtype="float32"), ["9 rows", "groups of 32", "16-bit scales"]),
+        ("gemv", 65, 256, "bfloat16", qg.formats.get_format("q4_0"), ["x has 65 rows of bfloat16, more than 64"]),
+        ("gemv", 9, 256, "float32", qg.formats.get_format("q4_0"), ["x has 9 rows of float32, more than 8"]),
+        ("gemv", 8, 256, "float16", qg.int8(16), ["integer groups of 32 and more"]),
+        (
+            "gemv",
+            65,
+            256,
+            "bfloat16",
+            qg.int4(16, scale_dtype="float32"),
+            ["65 rows", "groups of 32", "16-bit scales"],
+        ),
+        ("gemm_sm90", 65, 256, "float32", qg.formats.get_format("q4_0"), ["float16 and bfloat16 x"]),
+        ("gemm_sm90", 65, 256, "float16", qg.formats.get_format("mxfp4"), ["float16 can't hold"]),
+        ("gemm_sm90", 65, 204, "float16", qg.int4(-1, scale_dtype="float32"), ["k = 204", "16-bit scales"]),
     ],
     ids=str,
 )
-def test_gemv_refuses_with_every_reason(m, format, reasons):
-    w, _ = random_weight(format, 48, 256, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="kernel='gemv' can't serve") as error:
-        _export(functools.partial(qg.matmul, kernel="gemv"), jax.ShapeDtypeStruct((m, 256), jnp.bfloat16), w)
+def test_a_forced_kernel_refuses_with_every_reason(kernel, m, k, dtype, format, reasons):
+    w, _ = random_weight(format, 48, k, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"kernel='{kernel}' can't serve") as error:
+        _export(functools.partial(qg.matmul, kernel=kernel), jax.ShapeDtypeStruct((m, k), dtype), w)
     assert all(reason in str(error.value) for reason in reasons)
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("kernel", ["gemv", "gemm_sm80"])
+@pytest.mark.parametrize("kernel", ["gemv", "gemm_sm80", "gemm_sm90"])
 def test_a_forced_kernel_leaves_the_derivative_to_its_own(kernel):
     w, _ = _weight(qg.formats.get_format("q4_0"))
     loss = lambda x, w: jnp.sum(qg.matmul(x, w, kernel=kernel) ** 2)  # noqa: E731
-    module = _export(jax.grad(loss), jax.ShapeDtypeStruct((M, K), jnp.float32), w).mlir_module()
+    module = _export(jax.grad(loss), jax.ShapeDtypeStruct((M, K), jnp.bfloat16), w).mlir_module()
     assert module.count(f'kernel = "{kernel}"') == 1
     assert module.count('kernel = "auto"') == 1
 
@@ -173,7 +210,7 @@ def test_nothing_is_dequantized(format, op):
     function, batch, _ = OPS[op]
     w, _ = _weight(format, batch)
     text = _compile(function, jnp.ones((M, K), jnp.bfloat16), w)
-    assert MATMUL_TARGET in text
+    assert MATMUL_TARGET in text or FUSED_MATMUL_TARGET in text
     dense = {(t, size) for t, size in _arrays(text) if size in (K * N, LAYERS * K * N)}
     assert not dense, f"{dense} in\n{text}"
 

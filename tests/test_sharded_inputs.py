@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
+import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from cases import random_weight
@@ -41,8 +42,32 @@ check_product(out, x, dense, limit)
 # Inside shard_map the local view is an ordinary QTensor: here each device has a quarter of n.
 w, dense = random_weight(qg.formats.get_format("q4_0"), 128, 64, rng)
 x = x[0]
-local = jax.shard_map(qg.matmul, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(None, "d"), check_vma=False)
-check_product(jax.jit(local)(x, put(w, P("d"))), x, dense, limit)
+parts = put(w, P("d"))
+relu, by_dense = functools.partial(qg.matmul, activation="relu"), functools.partial(qg.matmul, kernel="dense")
+for function in (qg.matmul, relu, by_dense):
+    local = jax.shard_map(function, mesh=mesh, in_specs=(P(), P("d")), out_specs=P(None, "d"))
+    sums = x.astype(np.float64) @ dense
+    active = sums > 0 if function is relu else sums == sums
+    np.testing.assert_allclose(jax.jit(local)(x, parts), sums * active, atol=1e-4 * np.abs(sums).max())
+    # The gradient of x, which every device has, is the sum of theirs.
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(local(x, parts)))))(x)
+    check_product(dx, np.cos(sums * active) * active, dense.T, limit)
+    try:
+        jax.shard_map(function, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(x, parts)
+    except ValueError as error:
+        assert "out_specs" in str(error), error
+    else:
+        raise AssertionError("one device's columns passed for all")
+
+# On a mesh of explicit axes the result's type says what is split: rows are, columns are gathered.
+with jax.set_mesh(jax.make_mesh((4,), ("e",), axis_types=(AxisType.Explicit,))):
+    rows = jax.device_put(np.tile(x, (4, 1)), P("e"))
+    out = jax.jit(qg.matmul)(rows, w)
+    assert jax.typeof(out).sharding.spec == P("e", None), jax.typeof(out)
+    check_product(out, np.tile(x, (4, 1)), dense, limit)
+    out = jax.jit(qg.matmul)(jax.device_put(x, P(None, "e")), w)
+    assert jax.typeof(out).sharding.spec == P(None, None), jax.typeof(out)
+    check_product(out, x, dense, limit)
 print("right")
 """
 

@@ -16,17 +16,26 @@ struct MatmulAttributes {
   int64_t group_size;  // integer formats: elements of k per scale, 0 is per channel
   int64_t scale_type;  // integer formats: a ScaleType
   int64_t batch_ndim;
-  bool transpose;
   bool highest;
 };
 
-// Fills `product`. An empty output is no error: the caller returns early on it.
+struct EpilogueAttributes {
+  std::string_view activation;  // "none", or the name of one
+  bool gated, has_scale, has_bias, has_residual;
+};
+
+// Fills `product`, without an epilogue. An empty output is no error: the caller returns early on it.
 xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs planes,
                              xla::ffi::Result<xla::ffi::AnyBuffer> out, const MatmulAttributes& attributes,
-                             Product* product);
+                             bool transpose, Product* product);
 
-// The part of the binding that both platforms share.
-#define JAX_QGEMM_MATMUL_OPERANDS()     \
+// The same with an epilogue. `operands` are the planes, then those of scale, bias and residual that there are.
+xla::ffi::Error make_fused_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs operands,
+                                   xla::ffi::Result<xla::ffi::AnyBuffer> out, const MatmulAttributes& attributes,
+                                   const EpilogueAttributes& epilogue, Product* product);
+
+// The parts of the bindings that both platforms share.
+#define JAX_QGEMM_OPERANDS()            \
   Arg<xla::ffi::AnyBuffer>()            \
       .RemainingArgs()                  \
       .Ret<xla::ffi::AnyBuffer>()       \
@@ -35,7 +44,14 @@ xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs plan
       .Attr<int64_t>("group_size")      \
       .Attr<int64_t>("scale_type")      \
       .Attr<int64_t>("batch_ndim")      \
-      .Attr<bool>("transpose")          \
       .Attr<bool>("highest")
+#define JAX_QGEMM_MATMUL_OPERANDS() JAX_QGEMM_OPERANDS().Attr<bool>("transpose")
+#define JAX_QGEMM_FUSED_OPERANDS()          \
+  JAX_QGEMM_OPERANDS()                      \
+      .Attr<std::string_view>("activation") \
+      .Attr<bool>("gated")                  \
+      .Attr<bool>("has_scale")              \
+      .Attr<bool>("has_bias")               \
+      .Attr<bool>("has_residual")
 
 }  // namespace jax_qgemm

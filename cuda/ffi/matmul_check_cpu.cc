@@ -1,101 +1,16 @@
 #include <algorithm>
-#include <iterator>
+#include <utility>
 
 #include "ffi/matmul_check.h"
-#include "formats/formats.cuh"
+#include "ffi/weight_check.h"
 
 namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
 
-ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("jax_qgemm.matmul: " + what); }
-
-bool scalar_of(ffi::DataType type, Scalar* scalar) {
-  switch (type) {
-    case ffi::DataType::F16:
-      *scalar = Scalar::kF16;
-      return true;
-    case ffi::DataType::BF16:
-      *scalar = Scalar::kBF16;
-      return true;
-    case ffi::DataType::F32:
-      *scalar = Scalar::kF32;
-      return true;
-    default:
-      return false;
-  }
-}
-
-int64_t bits_of(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::U8:
-      return 8;
-    case ffi::DataType::U16:
-      return 16;
-    case ffi::DataType::U32:
-      return 32;
-    default:
-      return 0;
-  }
-}
-
-struct ExpectedPlane {
-  int64_t bits, blocks, payload;
-};
-
-// What plane `i` of format F must look like; `count` planes were given.
-template <class F>
-ExpectedPlane expected_plane(int i, const MatmulAttributes& a, int64_t k_block, int64_t blocks) {
-  constexpr bool kInteger = F::kGroup == 0;
-  const bool zero_points = i == static_cast<int>(std::size(F::kPlanes));
-  const PlaneSpec spec = zero_points ? group_plane("zero_points", 8, 0) : F::kPlanes[i];
-  if (spec.code) return {32, blocks, k_block * kTileN * spec.bits / 32};
-  const int64_t group = kInteger ? a.group_size : spec.group;
-  const bool wide = kInteger && !zero_points && a.scale_type == static_cast<int64_t>(ScaleType::kF32);
-  return {wide ? 32 : spec.bits, group ? blocks : 1, kTileN * (group ? k_block / group : 1)};
-}
-
-template <class F>
-ffi::Error check_planes(const ffi::RemainingArgs& planes, const MatmulAttributes& a, int64_t batch, Product* p) {
-  constexpr int kFixed = static_cast<int>(std::size(F::kPlanes));
-  constexpr bool kInteger = F::kGroup == 0;
-  const int count = static_cast<int>(planes.size());
-  if (count != kFixed && !(kInteger && count == kFixed + 1)) {
-    return invalid("expected " + std::to_string(kFixed) + " planes, got " + std::to_string(count));
-  }
-  if (kInteger) {
-    const int64_t g = a.group_size;
-    if (g != 0 && (g < 16 || g > 256 || (g & (g - 1)) != 0)) return invalid("group_size " + std::to_string(g));
-    if (a.scale_type < 0 || a.scale_type > 2) return invalid("scale_type " + std::to_string(a.scale_type));
-  }
-  const int64_t k_block = kInteger ? std::max<int64_t>(kTileK, a.group_size) : F::kKBlock;
-  const int64_t blocks = (p->k + k_block - 1) / k_block;
-  p->w.k_blocks = blocks;
-  p->w.group = static_cast<int32_t>(a.group_size);
-  p->w.scale_type = static_cast<ScaleType>(a.scale_type);
-  for (int i = 0; i < kMaxPlanes; ++i) p->w.planes[i] = nullptr;
-  for (int i = 0; i < count; ++i) {
-    auto plane = planes.get<ffi::AnyBuffer>(i);
-    if (!plane.has_value()) return plane.error();
-    const ExpectedPlane expected = expected_plane<F>(i, a, k_block, blocks);
-    const auto dims = plane->dimensions();
-    const int64_t total = batch * p->tile_rows() * expected.blocks * expected.payload;
-    if (bits_of(plane->element_type()) != expected.bits || dims.size() < 3 || dims.back() != expected.payload ||
-        dims[dims.size() - 2] != expected.blocks || static_cast<int64_t>(plane->element_count()) != total) {
-      return invalid("plane " + std::to_string(i) + " of format " + F::kName + " has the wrong shape or type");
-    }
-    if (reinterpret_cast<uintptr_t>(plane->untyped_data()) % 16 != 0) {
-      return invalid("plane " + std::to_string(i) + " is not aligned to 16 bytes");
-    }
-    p->w.planes[i] = plane->untyped_data();
-  }
-  return ffi::Error::Success();
-}
-
-}  // namespace
-
-ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
-                        const MatmulAttributes& a, Product* p) {
+// The product alone: the first `planes` operands are those of w, and w has `gate` times the columns of out.
+ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int planes, ffi::Result<ffi::AnyBuffer> out,
+                const MatmulAttributes& a, bool transpose, int gate, Product* p) {
   const auto x_dims = x.dimensions(), out_dims = out->dimensions();
   if (!scalar_of(x.element_type(), &p->x_type)) return invalid("x must be f16, bf16 or f32");
   if (!scalar_of(out->element_type(), &p->out_type)) return invalid("out must be f16, bf16 or f32");
@@ -108,18 +23,107 @@ ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result
     if (x_dims[i] != out_dims[i]) return invalid("the leading axes of x and out differ");
     (i < static_cast<size_t>(a.batch_ndim) ? p->batch : p->m) *= x_dims[i];
   }
-  p->k = a.transpose ? out_dims[rank - 1] : x_dims[rank - 1];
-  p->n = a.transpose ? x_dims[rank - 1] : out_dims[rank - 1];
+  p->k = transpose ? out_dims[rank - 1] : x_dims[rank - 1];
+  p->n = transpose ? x_dims[rank - 1] : out_dims[rank - 1] * gate;
   p->format = a.format;
   p->kernel = a.kernel;
-  p->transpose = a.transpose;
+  p->transpose = transpose;
   p->highest = a.highest;
   p->x = x.untyped_data();
   p->out = out->untyped_data();
-  ffi::Error error = ffi::Error::Success();
-  const bool known =
-      with_format(a.format, [&](auto format) { error = check_planes<decltype(format)>(planes, a, p->batch, p); });
-  return known ? error : invalid("unknown format " + std::string(a.format));
+  p->epilogue = {};
+  const WeightAttributes weight{a.format, a.group_size, a.scale_type};
+  return check_weight(operands, planes, weight, p->batch * p->tile_rows(), p->k, &p->w);
+}
+
+bool activation_of(std::string_view name, Activation* activation) {
+  constexpr std::pair<std::string_view, Activation> kNames[] = {{"none", Activation::kNone},
+                                                                {"silu", Activation::kSilu},
+                                                                {"gelu", Activation::kGelu},
+                                                                {"gelu_tanh", Activation::kGeluTanh},
+                                                                {"relu", Activation::kRelu}};
+  for (const auto& [known, value] : kNames) {
+    if (name == known) {
+      *activation = value;
+      return true;
+    }
+  }
+  return false;
+}
+
+using Dims = ffi::Span<const int64_t>;
+
+bool starts_with(Dims dims, Dims start, size_t count) {
+  return dims.size() >= count && start.size() >= count &&
+         std::equal(start.begin(), start.begin() + count, dims.begin());
+}
+
+// Operand `i`, a float array aligned to its elements.
+ffi::Error float_operand(const ffi::RemainingArgs& operands, size_t i, const std::string& name, Scalar* type,
+                         const void** data, Dims* dims) {
+  auto operand = operands.get<ffi::AnyBuffer>(i);
+  if (!operand.has_value()) return operand.error();
+  if (!scalar_of(operand->element_type(), type)) return invalid(name + " must be f16, bf16 or f32");
+  *data = operand->untyped_data();
+  *dims = operand->dimensions();
+  if (reinterpret_cast<uintptr_t>(*data) % (*type == Scalar::kF32 ? 4 : 2) != 0) {
+    return invalid(name + " is not aligned to its elements");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
+                        const MatmulAttributes& a, bool transpose, Product* p) {
+  return fill(x, planes, static_cast<int>(planes.size()), out, a, transpose, 1, p);
+}
+
+ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
+                              const MatmulAttributes& a, const EpilogueAttributes& e, Product* p) {
+  const int planes = static_cast<int>(operands.size()) - e.has_scale - e.has_bias - e.has_residual;
+  if (ffi::Error error = fill(x, operands, planes, out, a, false, e.gated ? 2 : 1, p); error.failure()) return error;
+  p->epilogue.gated = e.gated;
+  if (!activation_of(e.activation, &p->epilogue.activation)) {
+    return invalid("unknown activation " + std::string(e.activation));
+  }
+  if (e.gated && p->n % (2 * kTileN) != 0) return invalid("gated, w must have a multiple of 32 columns");
+
+  const Dims x_dims = x.dimensions(), out_dims = out->dimensions();
+  const auto batch_ndim = static_cast<size_t>(a.batch_ndim);
+  Dims dims;
+  size_t i = static_cast<size_t>(planes);
+  if (e.has_scale) {
+    Scalar type;
+    const void* scale;
+    if (ffi::Error error = float_operand(operands, i++, "global_scale", &type, &scale, &dims); error.failure()) {
+      return error;
+    }
+    if (type != Scalar::kF32 ||
+        (dims.size() != 0 && (dims.size() != batch_ndim || !starts_with(x_dims, dims, batch_ndim)))) {
+      return invalid("global_scale must be f32, of no axes or of the batch axes");
+    }
+    p->epilogue.scale = static_cast<const float*>(scale);
+    p->epilogue.scale_stride = dims.size() != 0;
+  }
+  if (e.has_bias) {
+    ffi::Error error = float_operand(operands, i++, "bias", &p->epilogue.bias_type, &p->epilogue.bias, &dims);
+    if (error.failure()) return error;
+    const bool batched = dims.size() == batch_ndim + 1 && starts_with(x_dims, dims, batch_ndim);
+    if ((dims.size() != 1 && !batched) || dims.back() != p->n) {
+      return invalid("bias must have the shape (n,) or (*batch, n)");
+    }
+    p->epilogue.bias_stride = batch_ndim != 0 && batched ? p->n : 0;
+  }
+  if (e.has_residual) {
+    ffi::Error error =
+        float_operand(operands, i++, "residual", &p->epilogue.residual_type, &p->epilogue.residual, &dims);
+    if (error.failure()) return error;
+    if (dims.size() != out_dims.size() || !starts_with(out_dims, dims, dims.size())) {
+      return invalid("residual must have the shape of out");
+    }
+  }
+  return ffi::Error::Success();
 }
 
 }  // namespace jax_qgemm

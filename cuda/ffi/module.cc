@@ -17,8 +17,11 @@
 #include "xla/ffi/api/c_api.h"
 
 extern "C" XLA_FFI_Error* jax_qgemm_matmul_cpu(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* jax_qgemm_fused_matmul_cpu(XLA_FFI_CallFrame*);
 #ifdef JAX_QGEMM_WITH_CUDA
 extern "C" XLA_FFI_Error* jax_qgemm_matmul_cuda(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* jax_qgemm_fused_matmul_cuda(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* jax_qgemm_dequantize_cuda(XLA_FFI_CallFrame*);
 #endif
 
 namespace nb = nanobind;
@@ -31,8 +34,11 @@ nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_c
 nb::dict registrations() {
   nb::dict cpu, cuda, all;
   cpu["jax_qgemm.matmul.v1"] = capsule(jax_qgemm_matmul_cpu);
+  cpu["jax_qgemm.fused_matmul.v1"] = capsule(jax_qgemm_fused_matmul_cpu);
 #ifdef JAX_QGEMM_WITH_CUDA
   cuda["jax_qgemm.matmul.v1"] = capsule(jax_qgemm_matmul_cuda);
+  cuda["jax_qgemm.fused_matmul.v1"] = capsule(jax_qgemm_fused_matmul_cuda);
+  cuda["jax_qgemm.dequantize.v1"] = capsule(jax_qgemm_dequantize_cuda);
 #endif
   all["cpu"] = cpu;
   all["CUDA"] = cuda;

@@ -12,6 +12,7 @@
 //   kLowBits, kHighBits     widths of the code planes (kHighBits 0: only one)
 //   kHasMinimum             whether minimum() is ever non-zero
 //   kTable                  for formats that decode by table: 16 unsigned values (zero() is what they are biased by)
+//   kIsE2M1                 (optional) the table's values are twice the 4-bit floats whose bits the codes are
 //   kZero                   zero of every group; integer formats with zero points: the middle of the levels
 //   levels(codes)           four codes, a byte each -> four unsigned levels, a byte each (in every lane of a vector T)
 //   affine_at(w, j, super)  the two Affine at index j of the group planes; `super` indexes planes of one value per 256.

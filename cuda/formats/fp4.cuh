@@ -8,7 +8,7 @@ namespace jax_qgemm {
 
 struct FP4 {
   static constexpr int kKBlock = 64, kLowBits = 4, kHighBits = 0;
-  static constexpr bool kHasMinimum = false, kHasTable = true;
+  static constexpr bool kHasMinimum = false, kHasTable = true, kIsE2M1 = true;
   static constexpr int kZero = 12;
 
   QG_HD static constexpr uint8_t table(int code) {

@@ -16,6 +16,21 @@ QG_HD int group_of(const Weight& w) {
   return F::kGroup ? F::kGroup : w.group;
 }
 
+// Bits of a stored weight, per-group values included.
+template <class F>
+double stored_bits(const Weight& w) {
+  double bits = 0;
+  for (const PlaneSpec& plane : F::kPlanes) {
+    const int group = F::kGroup ? plane.group : w.group;
+    if (plane.code) {
+      bits += plane.bits;
+    } else if (group) {
+      bits += static_cast<double>(plane.bits) / group;
+    }
+  }
+  return bits;
+}
+
 // Where word `word` of lane `lane` lies in a tile of a plane of Bits bits.
 template <int Bits>
 QG_HD int word_offset(int lane, int word) {

@@ -29,12 +29,12 @@ struct Chunk {
   int64_t tokens;       // at most kMaxTokens
   const float* x;       // [tokens][stride], permuted, or as it is for the transposed product; zero beyond the tail
   int64_t stride;
-  int64_t first, last;  // forward: tile rows. transposed: tiles of k, of whole k-blocks
+  int64_t first, last;  // forward: tile rows, gated in pairs. transposed: tiles of k, of whole k-blocks
   float* scratch;       // scratch_floats(tokens), aligned to 64 bytes
 };
 
 // The larger of what the two products need.
-constexpr int64_t scratch_floats(int64_t tokens) { return int64_t{kTileN} * kSlab + tokens * kSpan; }
+constexpr int64_t scratch_floats(int64_t tokens) { return int64_t{kTileN} * kSlab + tokens * (kSpan + kTileN); }
 
 struct FormatKernels {
   const char* name;

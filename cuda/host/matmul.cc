@@ -73,10 +73,11 @@ class Driver {
     kernel_ = p.transpose ? format.transpose : format.forward;
     const int64_t k_padded = format.k_block(p.w) * p.w.k_blocks;
     stride_ = p.transpose ? round_up(p.n, kSpanRows) : k_padded;
-    // Forward, a unit of work is a tile row; transposed, a k-block.
-    units_ = p.transpose ? p.w.k_blocks : p.tile_rows();
-    unit_tiles_ = p.transpose ? format.k_block(p.w) / kTileK : 1;
-    weights_per_unit_ = static_cast<double>(p.transpose ? stride_ * format.k_block(p.w) : kTileN * k_padded);
+    // Forward, a unit of work is a tile row, or a gate's and the one that it opens; transposed, a k-block.
+    const int64_t rows = p.epilogue.gated ? 2 : 1;
+    units_ = p.transpose ? p.w.k_blocks : p.tile_rows() / rows;
+    unit_tiles_ = p.transpose ? format.k_block(p.w) / kTileK : rows;
+    weights_per_unit_ = static_cast<double>(p.transpose ? stride_ * format.k_block(p.w) : rows * kTileN * k_padded);
   }
 
   void run() {

@@ -6,6 +6,7 @@
 // divided or what else is in the batch.
 #include "formats/formats.cuh"
 #include "host/decode.h"
+#include "host/epilogue.h"
 #include "host/kernels.h"
 #include "host/scalars.h"
 
@@ -90,18 +91,6 @@ static void outer_panel(const float* panel, int64_t count, const Chunk& c, int64
   });
 }
 
-// Sums the lanes of the 16 columns of a tile row of one token and writes those that exist.
-static void write_columns(const Product& p, const Chunk& c, int64_t tile_row, int64_t token, Floats (&sums)[kTileN]) {
-  float values[kTileN];
-  for (int j = 0; j < kTileN; j += kWidth) {
-    Floats part[kWidth];
-    for (int i = 0; i < kWidth; ++i) part[i] = sums[j + i];
-    store(values + j, sum_lanes(part));
-  }
-  const int64_t column = tile_row * kTileN, row = c.weight * p.m + c.first_token + token;
-  from_f32(values, p.out_type, p.n - column < kTileN ? p.n - column : kTileN, p.out, row * p.n + column);
-}
-
 template <class F>
 int64_t k_block(const Weight& w) {
   return k_block_of<F>(w);
@@ -111,6 +100,7 @@ template <class F>
 void forward(const Product& p, const Chunk& c) {
   const int64_t tiles = c.stride / kTileK, slab_tiles = kSlab / kTileK;
   auto* sums = reinterpret_cast<Floats(*)[kTileN]>(c.scratch + kTileN * kSlab);
+  float* gates = c.scratch + kTileN * kSlab + c.tokens * kTileN * kWidth;
   for (int64_t row = c.first; row < c.last; ++row) {
     const int64_t tile_row = c.weight * p.tile_rows() + row;
     for (int64_t t = 0; t < c.tokens; ++t) {
@@ -135,7 +125,8 @@ void forward(const Product& p, const Chunk& c) {
         dot_panel(panel, (last - first) * kTileK, c, first * kTileK, sums);
       }
     }
-    for (int64_t t = 0; t < c.tokens; ++t) write_columns(p, c, row, t, sums[t]);
+    const TileEpilogue epilogue(p, c.weight, row);
+    for (int64_t t = 0; t < c.tokens; ++t) write_columns(p, c, row, epilogue, t, sums[t], gates);
   }
 }
 

@@ -11,10 +11,9 @@
 
 #include "formats/tile_codes.cuh"
 #include "kernels/product.h"
-#include "tile/lane_codes.cuh"
-#include "tile/mma.cuh"
-#include "tile/scalar.cuh"
+#include "tile/a_operand.cuh"
 #include "tile/stage_x.cuh"
+#include "tile/store.cuh"
 
 namespace jax_qgemm {
 
@@ -38,6 +37,7 @@ struct GemmSm80 {
 template <class F, class T>
 __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p, int row_groups, int split_terms) {
   using S = GemmSm80;
+  using A = AOperand<F, T, true>;
   constexpr int kTokenTiles = S::kTokenTiles;
   __shared__ __align__(16) S::Shared shared;
 
@@ -59,8 +59,11 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
     const int64_t x_base = (batch * p.m + token0) * p.k;
     float sums[kTokenTiles][4] = {};
 
+    const auto lane_of_tile = [&](int64_t k_tile) {
+      return static_cast<uint64_t>(weight_row * stored_k_tiles + k_tile) * 32 + lane;
+    };
     LaneCodes<F> codes;
-    if (warp_k < k_tiles) codes.load(p.w, weight_row * stored_k_tiles + warp_k, lane);
+    if (warp_k < k_tiles) codes.load(p.w, lane_of_tile(warp_k), lane);
     for (int64_t stage_tile = 0; stage_tile < k_tiles; stage_tile += S::kWarpsK) {
       // Rows of the stage beyond `tokens` stay unwritten: they reach only sums that are never stored.
       for (int i = threadIdx.x; i < tokens * S::kStageK; i += S::kThreads) {
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
       const int64_t tile = stage_tile + warp_k;
       LaneCodes<F> next = codes;
       if (tile + S::kWarpsK < k_tiles) {
-        next.load(p.w, weight_row * stored_k_tiles + tile + S::kWarpsK, lane);
+        next.load(p.w, lane_of_tile(tile + S::kWarpsK), lane);
       }
       if (tile < k_tiles) {
         AffinePair affine;
@@ -90,17 +93,17 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
             }
           }
           uint32_t a[4];
-          Converter<T::kIsBF16, wide_levels<F>()>(affine.row[0].zero)(codes.levels(2 * step), a[0], a[2]);
-          Converter<T::kIsBF16, wide_levels<F>()>(affine.row[1].zero)(codes.levels(2 * step + 1), a[1], a[3]);
-          const uint32_t ones[4] = {T::kOne, T::kOne, T::kOne, T::kOne};
+          A::decode(a, codes, step, affine);
+          uint32_t ones[4];
+          A::ones(ones);
           for (int term = 0; term < terms; ++term) {
 #pragma unroll
             for (int i = 0; i < kTokenTiles; i += 2) {
               // One ldmatrix gives the two halves of this k-step for two token tiles.
               const int matrix = lane / 8, tile_of_matrix = i + matrix / 2;
               uint32_t b[4];
-              ptx::ldmatrix_x4(
-                  b, &shared.x[term][tile_of_matrix * 8 + lane % 8][warp_k * kTileK + step * 16 + matrix % 2 * 8]);
+              const uint16_t* row = shared.x[term][tile_of_matrix * 8 + lane % 8];
+              ptx::ldmatrix_x4(b, ptx::shared_address(row + warp_k * kTileK + step * 16 + matrix % 2 * 8));
               mma<T>(group_sums[i], a, b[0], b[1]);
               if constexpr (F::kHasMinimum) mma<T>(x_sums[i], ones, b[0], b[1]);
               mma<T>(group_sums[i + 1], a, b[2], b[3]);
@@ -127,19 +130,24 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) shared.partial[warp_k][warp_n][(i * 32 + lane) * 4 + j] = sums[i][j];
+      for (int j = 0; j < 4; ++j) shared.partial[warp_k][warp_n][(i * 32 + lane) * 4 + j] = sums[i][j] * A::kUnit;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < S::kWarpsN * S::kPartials; e += S::kThreads) {
-      // Rows of n fastest, so that neighbouring threads write neighbouring elements.
-      const int row = e % kTileN, token = e / kTileN % S::kTokens, tile_n = e / kTileN / S::kTokens;
+    const auto sum_of = [&](int tile, int row, int token) {
       const int source = ((token / 8 * 32) + (row % 8) * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < S::kWarpsK; ++i) sum += shared.partial[i][tile_n][source];
-      const int64_t n = (blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + tile_n) * kTileN + row;
+      for (int i = 0; i < S::kWarpsK; ++i) sum += shared.partial[i][tile][source];
+      return sum;
+    };
+    const int tiles = p.epilogue.gated ? 2 : 1;  // that make one of the result
+    for (int e = threadIdx.x; e < S::kWarpsN / tiles * S::kPartials; e += S::kThreads) {
+      // Rows of n fastest, so that neighbouring threads write neighbouring elements.
+      const int row = e % kTileN, token = e / kTileN % S::kTokens, tile = e / kTileN / S::kTokens * tiles;
+      const int64_t n = (blockIdx.x % row_groups * static_cast<int64_t>(S::kWarpsN) + tile) * kTileN + row;
       if (n < p.n && token < tokens) {
-        store_scalar(p.out, (batch * p.m + token0 + token) * p.n + n, p.out_type, sum);
+        store_result(p, batch, token0 + token, n, sum_of(tile, row, token),
+                     tiles == 2 ? sum_of(tile + 1, row, token) : 0.0f);
       }
     }
     __syncthreads();

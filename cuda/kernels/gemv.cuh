@@ -1,195 +1,341 @@
-// out = x @ w for up to 8 rows of x: the time to read the weights.
+// out = x @ w for few rows of x: the time to read the weights.
 //
-// A CTA holds x in shared memory and walks over blocks of rows of n; its warps split the rows and k. Every warp keeps
-// the codes and the per-group values of the next two stages of k in registers, loaded as widely as the layout allows,
-// and crosses from one block of rows to the next without a pause. Arithmetic as in gemm_sm80; a minimum's sum of x is
-// taken once a CTA.
+// A thread block, or two of them that split k, takes some rows of n at a time; its warps split those rows and k. Every
+// warp keeps the codes and the per-group values of its next two stages of k in registers, loaded as widely as the
+// layout allows, and crosses from one block of rows to the next without a pause. x passes through a ring in shared
+// memory, and stays there if it fits. As in gemm_sm80 the product is computed transposed, w being the A operand of
+// mma.sync, and each group's sums are multiplied by its scale in float32.
 #pragma once
 
 #include "formats/tile_codes.cuh"
 #include "kernels/product.h"
-#include "tile/group_registers.cuh"
-#include "tile/lane_codes.cuh"
-#include "tile/mma.cuh"
-#include "tile/scalar.cuh"
-#include "tile/stage_x.cuh"
+#include "tile/a_operand.cuh"
+#include "tile/cluster_sum.cuh"
+#include "tile/lane_stage.cuh"
+#include "tile/store.cuh"
+#include "tile/x_ring.cuh"
 
 namespace jax_qgemm {
 
-constexpr int kGemvTokens = 8;
-// Warps of a CTA: as many as leave a thread the registers for two stages of this format.
-template <class F>
-constexpr int kGemvMaxWarps = kStageOf<F> > 128 || F::kLowBits == 8 || F::kGroup == 0 ? 16 : 24;
-
 struct GemvConfig {
-  int row_tiles;   // of 16, a CTA
-  int slices;      // of k, a CTA
-  int row_blocks;  // of row_tiles, in all
-  int terms;       // bf16 terms of x
-  int resident;    // CTAs a multiprocessor; 0: no split fits
+  int row_tiles;  // of 16, a thread block
+  int slices;     // of k, a thread block
+  int cluster;    // thread blocks that split k: 1 or 2
+  int slots;      // of the ring of x
+  int terms;      // bf16 terms of x
 
   QG_HD int threads() const { return 32 * row_tiles * slices; }
 };
 
-// How a CTA's shared memory is divided.
-struct GemvShared {
-  int stride;  // of a row of x, in elements: 16 bytes of padding keep ldmatrix free of bank conflicts
-  int x_bytes, sums_bytes, partial_bytes;
+// Warps of a thread block: as many as leave a thread the registers for two stages of this format and the sums.
+template <class F, int TokenTiles>
+constexpr int kGemvMaxWarps = TokenTiles == 8                                           ? 12
+                              : TokenTiles > 1 || kStageOf<F> > 128 || F::kLowBits == 8 ? 16
+                                                                                        : 20;
 
-  QG_HD GemvShared(int tokens, int stages, int stage_k, int group, bool has_minimum, const GemvConfig& c)
-      : stride(stages * stage_k + 8),
-        x_bytes(c.terms * tokens * stride * 2),
-        sums_bytes(has_minimum ? stages * stage_k / group * kGemvTokens * 4 : 0),
-        partial_bytes(2 * c.slices * c.row_tiles * 128 * 4) {}
-  QG_HD int total() const { return x_bytes + sums_bytes + partial_bytes; }
+// What follows from a product and a split of it. The host computes it, so that the kernel finds it all in constant
+// memory.
+struct GemvSizes {
+  int tokens, tile_rows, row_blocks;    // row_blocks: of row_tiles each
+  int k_tiles, k_blocks;                // of a row of tiles, as stored
+  int stages, stages_per_block;         // in all; of a block of a cluster
+  int steps, even_steps;                // of one stage a slice; rounded up
+  int x_rows, chunk_bytes, slot_bytes;  // of x in shared memory: rows, 64 elements of all rows, one step
+  // How shared memory is divided: barriers, the ring of x, two (for few rows) or one buffer of partial sums, what the
+  // other block of a cluster sends.
+  int x, partial, received, total;
+  uint32_t inverse_tokens;
+
+  GemvSizes(int64_t m, int64_t tile_rows, int64_t k_blocks, int64_t k_block, int64_t k, int stage_k, int token_tiles,
+            const GemvConfig& c)
+      : tokens(static_cast<int>(m)),
+        tile_rows(static_cast<int>(tile_rows)),
+        row_blocks((this->tile_rows + c.row_tiles - 1) / c.row_tiles),
+        k_tiles(static_cast<int>(k_blocks * (k_block / kTileK))),
+        k_blocks(static_cast<int>(k_blocks)),
+        stages(static_cast<int>((k + stage_k - 1) / stage_k)),
+        stages_per_block((stages + c.cluster - 1) / c.cluster),
+        steps((stages_per_block + c.slices - 1) / c.slices),
+        even_steps((steps + 1) / 2 * 2),
+        x_rows(token_tiles == 1 ? tokens : 8 * token_tiles),
+        chunk_bytes(x_rows * 128),
+        slot_bytes(c.terms * c.slices * (stage_k / 64) * chunk_bytes),
+        x(128),
+        partial(x + (c.slots < steps ? c.slots : steps) * slot_bytes),
+        received(partial + (token_tiles == 1 ? 2 : 1) * c.slices * c.row_tiles * token_tiles * 512),
+        total(received + (c.cluster == 2 ? 2 * c.row_tiles * 8 * tokens * 4 : 0)),
+        inverse_tokens(x_ring_inverse(tokens)) {}
 };
 
-template <class F>
-QG_HD GemvShared gemv_shared(int tokens, int stages, const GemvConfig& c) {
-  return GemvShared(tokens, stages, kStageOf<F>, F::kHasMinimum ? F::kGroup : 1, F::kHasMinimum, c);
-}
-
-template <class F>
-struct LaneStage {
-  LaneCodes<F> codes[kStageOf<F> / kTileK];
-  GroupRegisters<F> groups;
-
-  // row: of tiles of the weight; k_tiles: in one.
-  __device__ __forceinline__ void load(const Weight& w, int row, int k_tiles, int stage, int lane) {
-    constexpr int kTiles = kStageOf<F> / kTileK;
-    const int tile = stage * kTiles;
+// Adds the product of one stage to the sums, which are in the units of AOperand. x: the lane's address for ldmatrix in
+// chunk 0 of the stage, for k-steps 0 and 1. GroupSteps k-steps share a scale; 0: as many as the group size says, two
+// or more, and the sums are scaled after every two.
+template <class F, class T, int TokenTiles, int GroupSteps>
+__device__ __forceinline__ void multiply_stage(float (&sums)[TokenTiles][4], const Weight& weight,
+                                               const LaneStage<F>& w, ptx::SharedAddress x, int chunk_bytes,
+                                               int term_bytes, int terms) {
+  using A = AOperand<F, T, true>;
+  constexpr int kSteps = kStageOf<F> / 16;
+  constexpr int kPerPair = GroupSteps == 1 ? 2 : 1;  // groups in two k-steps, the span of an ldmatrix
+  constexpr int kSumSteps = GroupSteps == 0 ? 2 : GroupSteps;
+  AffinePair affine[kPerPair];
+  uint32_t ones[4];
+  A::ones(ones);
+  float group_sums[TokenTiles][kPerPair][4], x_sums[TokenTiles][kPerPair][4];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      if (tile + i < k_tiles) codes[i].load(w, row * k_tiles + tile + i, lane);
-    }
-    groups.load(w, row, row * static_cast<int>(w.k_blocks), lane / 4, stage);
-  }
-};
-
-template <class F, class T>
-__global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, const GemvConfig c) {
-  constexpr int kStage = kStageOf<F>, kSteps = kStage / 16;
-  constexpr int kPerPair = F::kGroup == 16 ? 2 : 1;  // groups in two k-steps, the span of an ldmatrix
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = c.threads();
-  const int row_tile = warp % c.row_tiles, slice = warp / c.row_tiles;
-  const int tokens = static_cast<int>(p.m), terms = T::kSplit ? c.terms : 1;
-  const int stages = static_cast<int>((p.k + kStage - 1) / kStage);
-  const int tile_rows = static_cast<int>(p.tile_rows());
-  const int k_tiles = static_cast<int>(p.w.k_blocks * (k_block_of<F>(p.w) / kTileK));
-  const int group = group_of<F>(p.w);
-  const int group_steps = group == 0 || group > kStage ? kSteps : group == 16 ? 2 : group / 16;
-  const int64_t batch = blockIdx.y;
-
-  const GemvShared layout = gemv_shared<F>(tokens, stages, c);
-  auto* shared = static_cast<char*>(ptx::dynamic_shared());
-  auto* x = reinterpret_cast<uint16_t*>(shared);
-  auto* partial = reinterpret_cast<float*>(shared + layout.x_bytes);
-  auto* x_sums = reinterpret_cast<float*>(shared + layout.x_bytes + layout.partial_bytes);
-
-  // This warp's work: stages slice, slice + slices, ... of one block of rows after another. `ahead` is what to load
-  // next.
-  struct Position {
-    int block, row, stage;
-  };
-  const auto at_block = [&](int block) -> Position {
-    const int row = block * c.row_tiles + row_tile;
-    return {block, static_cast<int>(batch) * tile_rows + (row < tile_rows ? row : 0), slice};
-  };
-  Position ahead = at_block(blockIdx.x);
-  LaneStage<F> now, next;
-  const auto fetch = [&](LaneStage<F>& to) {
-    if (ahead.block < c.row_blocks) to.load(p.w, ahead.row, k_tiles, ahead.stage, lane);
-    ahead.stage += c.slices;
-    if (ahead.stage >= stages) ahead = at_block(ahead.block + gridDim.x);
-  };
-  fetch(now);
-  fetch(next);
-
-  stage_rows<T>(x, layout.stride, tokens, stages * kStage, p.x, batch * p.m * p.k, p.k, p.x_type, terms, threads);
-  __syncthreads();
-  if constexpr (F::kHasMinimum) {
-    constexpr int kGroup = F::kGroup;
-    for (int i = threadIdx.x; i < stages * kStage / kGroup * tokens; i += threads) {
-      const int token = i % tokens, first = i / tokens * kGroup;
-      float sum = 0.0f;
-      for (int term = 0; term < terms; ++term) {
-        const uint16_t* row = x + (term * tokens + token) * layout.stride + first;
-        for (int j = 0; j < kGroup; ++j) sum += operand_to_float<T>(row[j]);
-      }
-      x_sums[i / tokens * kGemvTokens + token] = sum;
-    }
-    __syncthreads();
-  }
-
-  // Rows of x beyond `tokens` are a copy of the last: they reach only sums that are never stored.
-  const int x_row = lane % 8 < tokens ? lane % 8 : tokens - 1;
-  const uint16_t* x_lane = x + x_row * layout.stride + lane / 8 * 8;
-  int buffer = 0;
-  for (int block = blockIdx.x; block < c.row_blocks; block += gridDim.x, buffer ^= 1) {
-    float sums[4] = {};
-    for (int stage = slice; stage < stages; stage += c.slices) {
-      float group_sums[kPerPair][4];
-      AffinePair affine[kPerPair];
+  for (int step = 0; step < kSteps; step += 2) {
+    const bool is_first = step % kSumSteps == 0, is_last = (step + 2) % kSumSteps == 0 || kSumSteps == 1;
+    if (is_first) {
 #pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        if (step % group_steps == 0) {
-#pragma unroll
-          for (int i = 0; i < kPerPair; ++i) {
-            affine[i] = now.groups.affine(p.w, step + i);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) group_sums[i][j] = 0.0f;
-          }
+      for (int i = 0; i < kPerPair; ++i) {
+        if constexpr (GroupSteps == 0) {
+          affine[i] = w.groups.affine_of_any(weight, step);
+        } else {
+          affine[i] = w.groups.template affine<GroupSteps>(weight, step + i);
         }
-        uint32_t a[2][4];
+      }
+    }
+    uint32_t a[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) A::decode(a[i], w.codes[step / 4], (step + i) % 4, affine[i % kPerPair]);
+#pragma unroll
+    for (int tile = 0; tile < TokenTiles; ++tile) {
+      if (is_first) {
+#pragma unroll
+        for (int i = 0; i < kPerPair; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) group_sums[tile][i][j] = x_sums[tile][i][j] = 0.0f;
+        }
+      }
+      for (int term = 0; term < (T::kSplit ? terms : 1); ++term) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(
+            b, (step % 4 ? ptx::toggle(x, 64) : x) + (step / 4 * chunk_bytes + tile * 1024 + term * term_bytes));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const LaneCodes<F>& codes = now.codes[step / 4];
-          const AffinePair& of = affine[i % kPerPair];
-          const int run = (step % 4 + i) * 2;
-          Converter<T::kIsBF16, wide_levels<F>()>(of.row[0].zero)(codes.levels(run), a[i][0], a[i][2]);
-          Converter<T::kIsBF16, wide_levels<F>()>(of.row[1].zero)(codes.levels(run + 1), a[i][1], a[i][3]);
+          mma<T>(group_sums[tile][i % kPerPair], a[i], b[2 * i], b[2 * i + 1]);
+          if constexpr (F::kHasMinimum) mma<T>(x_sums[tile][i % kPerPair], ones, b[2 * i], b[2 * i + 1]);
         }
-        for (int term = 0; term < terms; ++term) {
-          uint32_t b[4];
-          ptx::ldmatrix_x4(b, x_lane + term * tokens * layout.stride + stage * kStage + step * 16);
-          mma<T>(group_sums[0], a[0], b[0], b[1]);
-          mma<T>(group_sums[kPerPair - 1], a[1], b[2], b[3]);
-        }
-        if ((step + 2) % group_steps == 0) {
+      }
+      if (is_last) {
 #pragma unroll
-          for (int i = 0; i < kPerPair; ++i) {
-            const Affine &low = affine[i].row[0], &high = affine[i].row[1];
-            sums[0] = fmaf(low.scale, group_sums[i][0], sums[0]);
-            sums[1] = fmaf(low.scale, group_sums[i][1], sums[1]);
-            sums[2] = fmaf(high.scale, group_sums[i][2], sums[2]);
-            sums[3] = fmaf(high.scale, group_sums[i][3], sums[3]);
-            if constexpr (F::kHasMinimum) {
-              const int in_stage = step * 16 / F::kGroup + i;
-              const float* of_group = x_sums + (stage * (kStage / F::kGroup) + in_stage) * kGemvTokens;
-              const float2 total = *reinterpret_cast<const float2*>(of_group + lane % 4 * 2);
-              sums[0] = fmaf(low.minimum, total.x, sums[0]);
-              sums[1] = fmaf(low.minimum, total.y, sums[1]);
-              sums[2] = fmaf(high.minimum, total.x, sums[2]);
-              sums[3] = fmaf(high.minimum, total.y, sums[3]);
-            }
+        for (int i = 0; i < kPerPair; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const Affine& row = affine[i].row[j / 2];
+            sums[tile][j] = fmaf(row.scale, group_sums[tile][i][j], sums[tile][j]);
+            if constexpr (F::kHasMinimum) sums[tile][j] = fmaf(row.minimum, x_sums[tile][i][j], sums[tile][j]);
           }
         }
       }
-      now = next;
-      fetch(next);
+    }
+  }
+}
+
+// The same for up to 8 rows of 16-bit x, where the latency of dependent instructions counts: four pairs of k-steps at a
+// time, or two where there are more sums, with sums of their own.
+template <class F, class T, int GroupSteps>
+__device__ __forceinline__ void multiply_stage_of_few(float (&sums)[4], const Weight& weight, const LaneStage<F>& w,
+                                                      ptx::SharedAddress x, int chunk_bytes) {
+  using A = AOperand<F, T, false>;
+  constexpr int kPerPair = GroupSteps == 1 ? 2 : 1;
+  constexpr int kPairs = kPerPair == 2 || F::kHasMinimum || F::kGroup == 0 ? 2 : 4;
+  constexpr int kGroupPairs = GroupSteps > 2 ? GroupSteps / 2 : 1;
+  float group_sums[kPairs][kPerPair][4], x_sums[kPairs][kPerPair][4];
+#pragma unroll
+  for (int first = 0; first < kStageOf<F> / 32; first += kPairs) {
+    uint32_t b[kPairs][4], constants[kPairs][kPerPair][4];
+    AffinePair affine[kPairs][kPerPair];
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int step = 2 * (first + pair);
+      ptx::ldmatrix_x4(b[pair], (step % 4 ? ptx::toggle(x, 64) : x) + step / 4 * chunk_bytes);
+#pragma unroll
+      for (int i = 0; i < kPerPair; ++i) {
+        affine[pair][i] = w.groups.template affine<GroupSteps>(weight, step + i);
+        if constexpr (F::kHasMinimum) {
+          A::ones(constants[pair][i]);
+        } else if constexpr (!A::kExact) {
+          A::negated_zeros(constants[pair][i], affine[pair][i]);
+        }
+        if (first % kGroupPairs == 0) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) group_sums[pair][i][j] = x_sums[pair][i][j] = 0.0f;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int step = 2 * (first + pair) + i, group = i % kPerPair;
+        uint32_t a[4];
+        A::decode(a, w.codes[step / 4], step % 4, affine[pair][group]);
+        mma<T>(group_sums[pair][group], a, b[pair][2 * i], b[pair][2 * i + 1]);
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int group = i % kPerPair;
+        if constexpr (F::kHasMinimum) {
+          mma<T>(x_sums[pair][group], constants[pair][group], b[pair][2 * i], b[pair][2 * i + 1]);
+        } else if constexpr (!A::kExact) {
+          mma<T>(group_sums[pair][group], constants[pair][group], b[pair][2 * i], b[pair][2 * i + 1]);
+        }
+      }
+    }
+    if ((first + kPairs) % kGroupPairs != 0) continue;
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+#pragma unroll
+      for (int i = 0; i < kPerPair; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Affine& row = affine[pair][i].row[j / 2];
+          sums[j] = fmaf(row.scale, group_sums[pair][i][j], sums[j]);
+          if constexpr (F::kHasMinimum) sums[j] = fmaf(A::minimum(row), x_sums[pair][i][j], sums[j]);
+        }
+      }
+    }
+  }
+}
+
+template <class F, class T, int TokenTiles>
+__global__ void __launch_bounds__(32 * kGemvMaxWarps<F, TokenTiles>)
+    gemv(const Product p, const GemvConfig c, const GemvSizes s) {
+  constexpr bool kFew = TokenTiles == 1 && !T::kSplit;
+  using A = AOperand<F, T, !kFew>;
+  constexpr int kStage = kStageOf<F>, kChunks = kStage / kTileK;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = c.threads();
+  const int row_tile = warp % c.row_tiles, slice = warp / c.row_tiles;
+  const int terms = T::kSplit ? c.terms : 1;
+  const int64_t batch = blockIdx.y;
+
+  const int rank = c.cluster == 2 ? ptx::cluster_rank() : 0;
+  const int first_block = blockIdx.x / c.cluster, block_stride = gridDim.x / c.cluster;
+  const int first_stage = rank * s.stages_per_block;
+  const int end_stage = rank == c.cluster - 1 ? s.stages : s.stages_per_block;
+
+  auto* shared = static_cast<char*>(ptx::dynamic_shared());
+  auto* partial = reinterpret_cast<float*>(shared + s.partial);
+  ClusterSum exchange = {reinterpret_cast<uint64_t*>(shared), reinterpret_cast<float*>(shared + s.received),
+                         c.row_tiles * 8 * s.tokens, rank};
+  if (c.cluster == 2) exchange.start();
+
+  // This warp's work: stages first_stage + slice + i * slices of one block of rows after another, i counted to an even
+  // number so that a stage is always in the same one of the two sets of registers. `ahead` is what to load next.
+  struct Position {
+    int block, step;
+    LaneRow<F> row;
+  };
+  const auto at_block = [&](int block) -> Position {
+    const int in_weight = block * c.row_tiles + row_tile;
+    const int row = static_cast<int>(batch) * s.tile_rows + (in_weight < s.tile_rows ? in_weight : 0);
+    return {block, 0, LaneRow<F>(p.w, row, s.k_tiles, s.k_blocks, lane)};
+  };
+  Position ahead = at_block(first_block);
+  LaneStage<F> ring[2];
+  const auto fetch = [&](LaneStage<F>& to, auto group_steps) __attribute__((always_inline)) {
+    const int stage = first_stage + slice + ahead.step * c.slices;
+    if (ahead.block < s.row_blocks && stage < end_stage) {
+      to.template load<decltype(group_steps)::value>(p.w, ahead.row, s.k_tiles, s.k_blocks, stage, lane);
+    }
+    if (++ahead.step == s.even_steps) ahead = at_block(ahead.block + block_stride);
+  };
+  fetch(ring[0], std::integral_constant<int, 0>());
+  fetch(ring[1], std::integral_constant<int, 0>());
+
+  XRing<T> x = {p,
+                batch * p.m * p.k,
+                first_stage * kStage,
+                shared + s.x,
+                {s.tokens, s.x_rows, c.slices * kChunks, terms, s.steps, c.slots, s.inverse_tokens}};
+  x.start((s.row_blocks - first_block + block_stride - 1) / block_stride, s.slot_bytes);
+
+  // Rows of x beyond `tokens` reach only sums that are never stored: the last row again, or what the ring holds.
+  const int x_row = TokenTiles > 1 || lane % 8 < s.tokens ? lane % 8 : s.tokens - 1;
+  const int term_bytes = c.slices * kChunks * s.chunk_bytes;
+  const int x_offset = slice * kChunks * s.chunk_bytes + x_row * 128;
+  const int x_lane = x_offset + ((lane / 8) ^ (x_row % 8)) * 16;
+
+  if (c.cluster == 2) ptx::cluster_wait();
+  constexpr int kBuffers = TokenTiles == 1 ? 2 : 1;
+  int buffer = 0;
+  for (int block = first_block; block < s.row_blocks; block += block_stride) {
+    float sums[TokenTiles][4] = {};
+    // All of k. The group size is a constant of the loop, not a question in it.
+    const auto multiply = [&](auto group_steps) __attribute__((always_inline)) {
+      for (int step = 0; step < s.even_steps; step += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (x.to_read != 0 && step + half < s.steps) x.advance(step + half);
+          if (first_stage + slice + (step + half) * c.slices < end_stage) {
+            const ptx::SharedAddress at = x.slot(s.slot_bytes) + x_lane;
+            if constexpr (kFew) {
+              multiply_stage_of_few<F, T, decltype(group_steps)::value>(sums[0], p.w, ring[half], at, s.chunk_bytes);
+            } else {
+              multiply_stage<F, T, TokenTiles, decltype(group_steps)::value>(sums, p.w, ring[half], at, s.chunk_bytes,
+                                                                             term_bytes, terms);
+            }
+          }
+          if (step + half < s.steps) x.next();
+          fetch(ring[half], group_steps);
+        }
+      }
+    };
+    if constexpr (F::kGroup != 0) {
+      multiply(std::integral_constant<int, F::kGroup / 16>());
+    } else if constexpr (TokenTiles == 8) {
+      multiply(std::integral_constant<int, 0>());  // no registers for sums that outlive two k-steps
+    } else if (p.w.group == 32) {
+      multiply(std::integral_constant<int, 2>());
+    } else if (p.w.group == 64) {
+      multiply(std::integral_constant<int, 4>());
+    } else {
+      multiply(std::integral_constant<int, 8>());
     }
 
-    // The sum over the slices, in their order. Two buffers: one barrier a block of rows is enough.
-    float* slot = partial + buffer * c.slices * c.row_tiles * 128;
-    *reinterpret_cast<float4*>(slot + warp * 128 + lane * 4) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    // The sum over the slices, in their order, then over the two blocks of a cluster: each has eight of sixteen rows.
+    float* slot = partial + buffer * c.slices * c.row_tiles * TokenTiles * 128;
+#pragma unroll
+    for (int tile = 0; tile < TokenTiles; ++tile) {
+      *reinterpret_cast<float4*>(slot + (warp * TokenTiles + tile) * 128 + lane * 4) =
+          make_float4(sums[tile][0] * A::kUnit, sums[tile][1] * A::kUnit, sums[tile][2] * A::kHighUnit,
+                      sums[tile][3] * A::kHighUnit);
+    }
     __syncthreads();
-    for (int e = threadIdx.x; e < c.row_tiles * kTileN * tokens; e += threads) {
-      const int row = e % kTileN, tile = e / kTileN % c.row_tiles, token = e / kTileN / c.row_tiles;
-      const float* source = slot + tile * 128 + (row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2;
+    const auto sum_of = [&](int tile, int row, int token) {
+      const float* source =
+          slot + (tile * TokenTiles + token / 8) * 128 + (row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
       float sum = 0.0f;
-      for (int i = 0; i < c.slices; ++i) sum += source[i * c.row_tiles * 128];
-      const int n = (block * c.row_tiles + tile) * kTileN + row;
-      if (n < p.n) store_scalar(p.out, (batch * p.m + token) * p.n + n, p.out_type, sum);
+#pragma unroll 4
+      for (int i = 0; i < c.slices; ++i) sum += source[i * c.row_tiles * TokenTiles * 128];
+      return sum;
+    };
+    const int rows = kTileN / c.cluster;
+    if (c.cluster == 2) {
+      for (int e = threadIdx.x; e < exchange.cells; e += threads) {
+        exchange.send(e, sum_of(e / 8 % c.row_tiles, e % 8 + (rank ^ 1) * 8, e / 8 / c.row_tiles));
+      }
+      exchange.wait();
+    }
+    const auto result = [&](int tile, int row, int token) {
+      const float sum = sum_of(tile, row, token);
+      return c.cluster == 2 ? sum + exchange.part_of_other((token * c.row_tiles + tile) * 8 + row % 8) : sum;
+    };
+    const int tiles = p.epilogue.gated ? 2 : 1;  // that make one of the result
+    for (int e = threadIdx.x; e < c.row_tiles / tiles * rows * s.tokens; e += threads) {
+      const int row = e % rows + rank * 8, tile = e / rows % (c.row_tiles / tiles) * tiles;
+      const int token = e / rows / (c.row_tiles / tiles);
+      const int64_t n = (static_cast<int64_t>(block) * c.row_tiles + tile) * kTileN + row;
+      if (n < p.n) {
+        store_result(p, batch, token, n, result(tile, row, token), tiles == 2 ? result(tile + 1, row, token) : 0.0f);
+      }
+    }
+    if (c.cluster == 2) exchange.finish_round();
+    if constexpr (kBuffers == 2) {
+      buffer ^= 1;  // so one barrier a block of rows is enough
+    } else {
+      __syncthreads();
     }
   }
 }

@@ -10,4 +10,7 @@ namespace jax_qgemm {
 // Enqueues the product on `stream`; returns what went wrong, or nullptr. Allocates nothing and never synchronizes.
 const char* launch_matmul(const Product& product, cudaStream_t stream);
 
+// The same for the decoding of rows.
+const char* launch_dequantize(const DenseRows& rows, cudaStream_t stream);
+
 }  // namespace jax_qgemm

@@ -46,4 +46,14 @@ struct Product {
   QG_HD int64_t tile_rows() const { return (n + kTileN - 1) / kTileN; }  // of one weight of the batch
 };
 
+// Rows [16 first_tile_row, 16 first_tile_row + rows) of n of each weight, decoded: out (batch, rows, k).
+struct DenseRows {
+  std::string_view format;
+  Weight w;
+  void* out;
+  Scalar out_type;
+  int64_t batch, tile_rows;  // of one weight
+  int64_t first_tile_row, rows, k;
+};
+
 }  // namespace jax_qgemm

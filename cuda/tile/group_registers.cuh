@@ -46,24 +46,24 @@ struct GroupRegisters {
 
   uint32_t raw[offset(kCount)];
 
-  // row: of tiles of the weight; first_block: of that row, in k-blocks.
-  template <int I = 0>
-  __device__ __forceinline__ void load(const Weight& w, int row, int first_block, int g, int stage) {
+  // Index of the pair of a lane's two rows in its row of tiles' first k-block.
+  __device__ __forceinline__ static uint32_t first_pair(const Weight&, int row, int k_blocks, int g) {
+    return static_cast<uint32_t>(row * k_blocks * 8 + g);
+  }
+
+  // first: first_pair() of the row.
+  template <int, int I = 0>
+  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage) {
     if constexpr (I < kCount) {
-      const int block = stage * kBlocks;
       const auto* pairs = static_cast<const uint32_t*>(w.planes[kFirst + I]) +
-                          static_cast<int64_t>((first_block + block) * 8 + g) * words(I);
+                          static_cast<uint64_t>(first + stage * (kBlocks * 8)) * words(I);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        uint32_t* out = raw + offset(I) + b * words(I);
-        if (kBlocks == 1 || block + b < w.k_blocks) {
-          load_words<words(I)>(out, pairs + b * 8 * words(I));
-        } else {
-#pragma unroll
-          for (int j = 0; j < words(I); ++j) out[j] = 0;
-        }
+        // Behind the last k-block, where x is zero, any values do: those of the block before.
+        const int block = b == 0 || stage * kBlocks + b < k_blocks ? b : 0;
+        load_words<words(I)>(raw + offset(I) + b * words(I), pairs + block * 8 * words(I));
       }
-      load<I + 1>(w, row, first_block, g, stage);
+      load<0, I + 1>(w, first, k_blocks, stage);
     }
   }
 
@@ -78,8 +78,10 @@ struct GroupRegisters {
     return {{static_cast<T>(word >> shift), static_cast<T>(word >> (shift + 8))}};
   }
 
+  // Of k-step `step`, where `GroupSteps` of them share a scale.
+  template <int GroupSteps>
   __device__ __forceinline__ AffinePair affine(const Weight&, int step) const {
-    return F::affine_at(*this, step * 16 / F::kGroup * 2, 0);
+    return F::affine_at(*this, step / GroupSteps * 2, 0);
   }
 };
 
@@ -87,55 +89,88 @@ struct GroupRegisters {
 template <class F>
   requires(F::kGroup == 0)
 struct GroupRegisters<F> {
-  static constexpr int kMaxGroups = 4;
-  uint32_t scales[kMaxGroups];
-  uint32_t zeros[kMaxGroups];
-  ScaleType scale_type;
-  bool zero_points;
+  uint32_t scales[4];  // a pair each
+  uint32_t zeros[2];   // two pairs of bytes each
 
-  // row: of tiles of the weight; first_block: of that row, in k-blocks.
-  __device__ __forceinline__ void load(const Weight& w, int row, int first_block, int g, int stage) {
-    scale_type = w.scale_type;
-    zero_points = w.has_plane(F::kScales + 1);
-#pragma unroll
-    for (int i = 0; i < kMaxGroups; ++i) scales[i] = zeros[i] = 0;
-    if (w.group == 0) {
-      load_pair_of(w, row * 8 + g, 0);
-    } else if (w.group >= 128) {
-      load_pair_of(w, (first_block + (w.group == 256 ? stage / 2 : stage)) * 8 + g, 0);
+  __device__ __forceinline__ static uint32_t first_pair(const Weight& w, int row, int k_blocks, int g) {
+    return static_cast<uint32_t>(row * (w.group == 0 ? 1 : k_blocks) * 8 + g);
+  }
+
+  // first: first_pair() of the row. GroupSteps: k-steps that share a scale; 0: known at run time only.
+  template <int GroupSteps>
+  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage) {
+    if (GroupSteps == 2 || (GroupSteps == 0 && w.group == 32)) {
+      load_halves<true>(w, first, k_blocks, stage);
+    } else if (GroupSteps == 4 || (GroupSteps == 0 && w.group == 64)) {
+      load_halves<false>(w, first, k_blocks, stage);
     } else {
+      const uint32_t pair = first + (w.group == 0 ? 0 : w.group == 256 ? stage / 2 : stage) * 8;
+      scales[0] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + pair);
+      if (has_zero_points(w)) zeros[0] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + pair);
+    }
+  }
+
+  // Of k-step `step`, where `GroupSteps` of them share a scale. The index must be a constant for the arrays to stay in
+  // registers.
+  template <int GroupSteps>
+  __device__ __forceinline__ AffinePair affine(const Weight& w, int step) const {
+    const int quarter = GroupSteps == 2 ? step / 2 : GroupSteps == 4 ? step / 4 * 2 : 0;
+    return decode(w, scales[quarter], zeros[quarter / 2] >> (quarter % 2 * 16));
+  }
+  // The same for a number of steps known at run time only.
+  __device__ __forceinline__ AffinePair affine_of_any(const Weight& w, int step) const {
+    const int quarter = step / 2;
+    const uint32_t of_half = w.group == 64 ? scales[quarter / 2 * 2] : scales[0];
+    const uint32_t zeros_of_half = w.group == 64 ? zeros[quarter / 2] : zeros[0];
+    return decode(w, w.group == 32 ? scales[quarter] : of_half,
+                  w.group == 32 ? zeros[quarter / 2] >> (quarter % 2 * 16) : zeros_of_half);
+  }
+
+ private:
+  // The two k-blocks of a stage, of one group or two.
+  template <bool TwoGroups>
+  __device__ __forceinline__ void load_halves(const Weight& w, uint32_t first, int k_blocks, int stage) {
+    const auto* scale_pairs = static_cast<const uint32_t*>(w.planes[F::kScales]);
+    const void* zero_pairs = w.planes[F::kScales + 1];
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const int block = stage * 2 + b, index = (first_block + block) * 8 + g;
-        if (block >= w.k_blocks) break;
-        if (w.group == 64) {
-          load_pair_of(w, index, b);
-        } else {
-          load_pair_of(w, index * 2, 2 * b);
-          load_pair_of(w, index * 2 + 1, 2 * b + 1);
-        }
+    for (int b = 0; b < 2; ++b) {
+      // Behind the last k-block, where x is zero, any values do: those of the block before.
+      const uint32_t pairs = first + (b == 0 || stage * 2 + b < k_blocks ? stage * 2 + b : stage * 2) * 8;
+      if constexpr (TwoGroups) {
+        const uint2 two = __ldg(reinterpret_cast<const uint2*>(scale_pairs) + pairs);
+        scales[2 * b] = two.x, scales[2 * b + 1] = two.y;
+        if (has_zero_points(w)) zeros[b] = __ldg(static_cast<const uint32_t*>(zero_pairs) + pairs);
+      } else {
+        scales[2 * b] = __ldg(scale_pairs + pairs);
+        if (has_zero_points(w)) zeros[b] = __ldg(static_cast<const uint16_t*>(zero_pairs) + pairs);
       }
     }
   }
 
-  __device__ __forceinline__ void load_pair_of(const Weight& w, int pair, int i) {
-    scales[i] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + pair);
-    if (zero_points) zeros[i] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + pair);
-  }
+  struct OnePair {
+    uint32_t scale, zero;
+    ScaleType scale_type;
+    bool zero_points;
 
-  __device__ __forceinline__ bool has_plane(int) const { return zero_points; }
-  template <class T>
-  __device__ __forceinline__ Pair<T> pair(int, int index) const {
-    if constexpr (sizeof(T) == 1) return {{static_cast<T>(zeros[index]), static_cast<T>(zeros[index] >> 8)}};
-    return {{static_cast<T>(scales[index]), static_cast<T>(scales[index] >> 16)}};
-  }
-
-  __device__ __forceinline__ AffinePair affine(const Weight& w, int step) const {
-    // The index must be a constant for the arrays to stay in registers: choose among the three group counts.
-    if (w.group == 32) return F::affine_at(*this, step / 2, 0);
-    if (w.group == 64) return F::affine_at(*this, step / 4, 0);
-    return F::affine_at(*this, 0, 0);
+    __device__ __forceinline__ bool has_plane(int) const { return zero_points; }
+    template <class T>
+    __device__ __forceinline__ Pair<T> pair(int, int) const {
+      if constexpr (sizeof(T) == 1) return {{static_cast<T>(zero), static_cast<T>(zero >> 8)}};
+      return {{static_cast<T>(scale), static_cast<T>(scale >> 16)}};
+    }
+  };
+  __device__ __forceinline__ static bool has_zero_points(const Weight& w) { return w.has_plane(F::kScales + 1); }
+  __device__ __forceinline__ static AffinePair decode(const Weight& w, uint32_t scale, uint32_t zero) {
+    // Never float32, so that there is no branch for it.
+    const ScaleType type = w.scale_type == ScaleType::kBF16 ? ScaleType::kBF16 : ScaleType::kF16;
+    return F::affine_at(OnePair{scale, zero, type, has_zero_points(w)}, 0, 0);
   }
 };
+
+// Whether they hold the weight's values: integer groups of 16 and float32 scales would take more registers.
+template <class F>
+bool fits_group_registers(const Weight& w) {
+  return F::kGroup != 0 || ((w.group == 0 || w.group >= 32) && w.scale_type != ScaleType::kF32);
+}
 
 }  // namespace jax_qgemm

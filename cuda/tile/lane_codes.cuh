@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats/tile_codes.cuh"
+#include "tile/ptx.cuh"
 
 namespace jax_qgemm {
 
@@ -10,17 +11,18 @@ template <int Bits>
 struct LanePlane {
   uint32_t words[Bits];
 
-  __device__ __forceinline__ void load(const void* plane, int64_t tile, int lane) {
-    const auto* base = static_cast<const uint32_t*>(plane) + tile * (32 * Bits);
+  // first: 32 x the tile's number, plus the lane.
+  __device__ __forceinline__ void load(const void* plane, uint64_t first, int lane) {
     if constexpr (Bits == 1) {
-      words[0] = __ldg(base + lane);
+      words[0] = __ldg(static_cast<const uint32_t*>(plane) + first);
     } else if constexpr (Bits == 2) {
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(base) + lane);
+      const uint2 v = __ldg(static_cast<const uint2*>(plane) + first);
       words[0] = v.x, words[1] = v.y;
     } else {
+      const uint4* from = static_cast<const uint4*>(plane) + (Bits == 8 ? 2 * first - lane : first);
 #pragma unroll
       for (int i = 0; i < Bits / 4; ++i) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(base) + i * 32 + lane);
+        const uint4 v = ptx::load_once(from + i * 32);
         words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
       }
     }
@@ -36,7 +38,7 @@ struct LanePlane {
 
 template <>
 struct LanePlane<0> {
-  __device__ __forceinline__ void load(const void*, int64_t, int) {}
+  __device__ __forceinline__ void load(const void*, uint64_t, int) {}
   __device__ __forceinline__ uint32_t run(int) const { return 0; }
 };
 
@@ -45,9 +47,9 @@ struct LaneCodes {
   LanePlane<F::kLowBits> low;
   LanePlane<F::kHighBits> high;
 
-  __device__ __forceinline__ void load(const Weight& w, int64_t tile, int lane) {
-    low.load(w.planes[0], tile, lane);
-    if constexpr (F::kHighBits != 0) high.load(w.planes[1], tile, lane);
+  __device__ __forceinline__ void load(const Weight& w, uint64_t first, int lane) {
+    low.load(w.planes[0], first, lane);
+    if constexpr (F::kHighBits != 0) high.load(w.planes[1], first, lane);
   }
 
   __device__ __forceinline__ uint32_t levels(int run) const {

@@ -9,9 +9,9 @@
 
 namespace jax_qgemm::ptx {
 
-// The thread block's dynamic shared memory.
+// The thread block's dynamic shared memory; TMA's swizzle needs it aligned to 1024 bytes.
 __device__ __forceinline__ void* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 
@@ -22,9 +22,45 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
   return r;
 }
 
+// (value & mask) | bits in one instruction; with both as constants there would be two.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(value), "n"(kMask), "r"(bits));
+  return r;
+}
+
+// Read-only data that is used once: it need not stay in L1.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// An address in the shared memory of this thread block.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// As a number, for descriptors.
+__device__ __forceinline__ uint32_t shared_offset(SharedAddress address) { return address; }
+
+// The address with some of its low bits flipped.
+__device__ __forceinline__ SharedAddress toggle(SharedAddress address, int bits) { return address ^ bits; }
+
+// 16 bytes from global to shared memory, zeros unless `valid`; done after commit and wait.
+__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most kPending of the thread's committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], SharedAddress address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
@@ -43,6 +79,94 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Waits for `threads` threads of the block, whole warps, that name the same barrier: 1 to 15, __syncthreads being 0.
+__device__ __forceinline__ void sync_named(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Clusters of thread blocks and what they need: Hopper only. Launchers use them there alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return static_cast<int>(r);
+}
+
+// Relaxed: a release would wait for every load in flight. Initialized barriers are published by their own fence.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// One arrival, which lets the phase end only after `bytes` more have come.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// At the barrier of block `rank` of the cluster, whose address is that of this block's own. Not a release: that would
+// wait for every access under way, and what was read before has arrived.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 address;\nmapa.shared::cluster.u32 address, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [address];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Until the phase of this parity has ended; for what this block itself or its copies have written.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// For what other blocks of the cluster have written: this also empties the L1 cache.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Stores a value in another block's shared memory and counts its bytes on a barrier there, in one message. Both
+// addresses are those of this block's own copies.
+__device__ __forceinline__ void store_async(float* to, float value, uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 address, counter;\nmapa.shared::cluster.u32 address, %0, %3;\n"
+      "mapa.shared::cluster.u32 counter, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [address], %1, [counter];\n}" ::"r"(
+          shared_address(to)),
+      "f"(value), "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+
+#else
+
+__device__ __forceinline__ int cluster_rank() {
+  __trap();
+  return 0;
+}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void barrier_init(uint64_t*, int) {}
+__device__ __forceinline__ void barrier_init_fence() {}
+__device__ __forceinline__ void barrier_expect(uint64_t*, int) {}
+__device__ __forceinline__ void barrier_arrive(uint64_t*, int) {}
+__device__ __forceinline__ void barrier_wait(uint64_t*, int) {}
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t*, int) {}
+__device__ __forceinline__ void store_async(float*, float, uint64_t*, int) {}
+
+#endif
 
 }  // namespace jax_qgemm::ptx
 

@@ -32,4 +32,43 @@ __device__ __forceinline__ void store_scalar(void* p, int64_t i, Scalar type, fl
   }
 }
 
+// Elements i and i + 1, in one store where their address allows it.
+__device__ __forceinline__ void store_pair(void* p, int64_t i, Scalar type, float2 values) {
+  if (i % 2 != 0) {
+    store_scalar(p, i, type, values.x);
+    store_scalar(p, i + 1, type, values.y);
+  } else if (type == Scalar::kF16) {
+    reinterpret_cast<__half2*>(p)[i / 2] = __floats2half2_rn(values.x, values.y);
+  } else if (type == Scalar::kBF16) {
+    reinterpret_cast<__nv_bfloat162*>(p)[i / 2] = __floats2bfloat162_rn(values.x, values.y);
+  } else {
+    reinterpret_cast<float2*>(p)[i / 2] = values;
+  }
+}
+
+// Elements i to i + 3 in one load, i being a multiple of 4.
+__device__ __forceinline__ float4 load_quad(const void* p, int64_t i, Scalar type) {
+  if (type == Scalar::kF32) return static_cast<const float4*>(p)[i / 4];
+  const uint2 bits = static_cast<const uint2*>(p)[i / 4];
+  const auto at = [&](uint32_t half) {
+    const auto h = static_cast<uint16_t>(half);
+    return type == Scalar::kF16 ? f16_to_f32(h) : bf16_to_f32(h);
+  };
+  return make_float4(at(bits.x), at(bits.x >> 16), at(bits.y), at(bits.y >> 16));
+}
+
+// The same, stored.
+__device__ __forceinline__ void store_quad(void* p, int64_t i, Scalar type, float4 v) {
+  const auto bits = [](const auto& pair) { return reinterpret_cast<const uint32_t&>(pair); };
+  if (type == Scalar::kF16) {
+    const __half2 low = __floats2half2_rn(v.x, v.y), high = __floats2half2_rn(v.z, v.w);
+    reinterpret_cast<uint2*>(p)[i / 4] = {bits(low), bits(high)};
+  } else if (type == Scalar::kBF16) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v.x, v.y), high = __floats2bfloat162_rn(v.z, v.w);
+    reinterpret_cast<uint2*>(p)[i / 4] = {bits(low), bits(high)};
+  } else {
+    reinterpret_cast<float4*>(p)[i / 4] = v;
+  }
+}
+
 }  // namespace jax_qgemm

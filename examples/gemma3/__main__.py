@@ -15,7 +15,7 @@ import jax_qgemm as qg
 from examples.gemma3.compare import compare
 from examples.gemma3.config import Config
 from examples.gemma3.generate import Generator, Sampling
-from examples.gemma3.model import Gemma3
+from examples.gemma3.model import Gemma3, interleave_gates
 from examples.gemma3.perplexity import perplexity
 from examples.gemma3.tokenizer import StreamDecoder, Tokenizer
 from jax_qgemm.io import load_gguf
@@ -69,6 +69,7 @@ def load(path: Path, dtype: Any) -> tuple[Gemma3, Tokenizer, dict[str, Any]]:
     """Loads a model, its tokenizer and the file's metadata, and prints what they weigh."""
     began = time.perf_counter()
     tensors, metadata = load_gguf(path)
+    interleave_gates(tensors)
     model = Gemma3(Config.from_metadata(metadata), tensors, dtype)
     size = sum(t.nbytes for t in tensors.values())
     elements = sum(t.size for t in tensors.values())

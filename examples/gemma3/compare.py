@@ -16,7 +16,7 @@ from flax import nnx
 import jax_qgemm as qg
 from examples.gemma3.cache import Layer, Recent, new_recent
 from examples.gemma3.config import Config
-from examples.gemma3.model import Block, Gemma3, Span
+from examples.gemma3.model import Block, Gemma3, InterleavedFeedForward, Span
 
 _LOGIT_ROWS = 16  # positions whose logits are compared: the last ones
 _LOGIT_COLUMNS = 8192
@@ -81,9 +81,11 @@ def _run(graph: Any, state: Any, x: jax.Array, span: Span, recent: Layer) -> jax
 
 def _linears(block: Block) -> dict[str, Any]:
     attention, ffn = block.attention, block.ffn
+    interleaved = isinstance(ffn, InterleavedFeedForward)
     return {
         **{"q": attention.q, "k": attention.k, "v": attention.v, "out": attention.out},
-        **{"gate": ffn.gate, "up": ffn.up, "down": ffn.down},
+        **({"gate_up": ffn.gate_up} if interleaved else {"gate": ffn.gate, "up": ffn.up}),
+        "down": ffn.down,
     }
 
 
@@ -103,10 +105,15 @@ def _dense_weights(block: Block) -> dict[str, jax.Array]:
         "ffn_norm": block.ffn_norm,
         "ffn_post_norm": block.ffn_post_norm,
     }
-    return {
+    dense = {
         name: w.dequantize(jnp.float32) if isinstance(w, qg.QTensor) else w.astype(jnp.float32)
         for name, w in weights.items()
-    } | {name: norm.scale.get_value() for name, norm in norms.items()}
+    }
+    if "gate_up" in dense:  # 16 columns of each in turn
+        gate_up = dense.pop("gate_up")
+        tiles = gate_up.reshape(len(gate_up), -1, 2, 16)
+        dense["gate"], dense["up"] = (tiles[:, :, i].reshape(len(gate_up), -1) for i in range(2))
+    return dense | {name: norm.scale.get_value() for name, norm in norms.items()}
 
 
 def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -19,8 +19,9 @@ from jax_qgemm.flax import QEmbed, QLinear
 
 LAYER_TENSORS = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_q_norm", "attn_k_norm", "attn_output"),
-    *("post_attention_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "post_ffw_norm"),
+    *("post_attention_norm", "ffn_norm", "ffn_down", "post_ffw_norm"),
 )
+GATE, UP, GATE_UP = "ffn_gate", "ffn_up", "ffn_gate_up"
 
 Tensors = Mapping[str, Any]  # QTensors, and arrays where the file does not quantize
 
@@ -31,6 +32,26 @@ def select(tensors: Tensors, prefix: str, names: Sequence[str]) -> dict[str, Any
     if missing:
         raise ValueError(f"the GGUF file has no tensor {prefix}{missing[0]}.weight")
     return {name: tensors[f"{prefix}{name}.weight"] for name in names}
+
+
+def interleave_gates(tensors: dict[str, Any]) -> None:
+    """Joins the two matrices in front of each feed-forward layer's gate where the file gives them the same format.
+
+    In place and layer by layer: at no time are two copies of more than one layer in memory.
+    """
+    for name in [name for name in tensors if name.endswith(f".{GATE}.weight")]:
+        prefix = name.removesuffix(f"{GATE}.weight")
+        gate, up = tensors[name], tensors.get(f"{prefix}{UP}.weight")
+        if not isinstance(gate, qg.QTensor) or not isinstance(up, qg.QTensor):
+            continue
+        if (gate.format, gate.shape) == (up.format, up.shape) and gate.shape[-1] % 16 == 0:
+            tensors[f"{prefix}{GATE_UP}.weight"] = qg.interleave_gate_up(gate, up)
+            del tensors[name], tensors[f"{prefix}{UP}.weight"]
+
+
+def layer_tensors(tensors: Tensors, prefix: str) -> dict[str, Any]:
+    front = (GATE_UP,) if f"{prefix}{GATE_UP}.weight" in tensors else (GATE, UP)
+    return select(tensors, prefix, (*LAYER_TENSORS, *front))
 
 
 class Span(NamedTuple):
@@ -143,12 +164,23 @@ class Attention(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, weights: Tensors):
-        self.gate = linear(weights["ffn_gate"])
-        self.up = linear(weights["ffn_up"])
+        self.gate = linear(weights[GATE])
+        self.up = linear(weights[UP])
         self.down = linear(weights["ffn_down"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class InterleavedFeedForward(nnx.Module):
+    """The same in two products instead of three."""
+
+    def __init__(self, weights: Tensors):
+        self.gate_up = QLinear(weights[GATE_UP])
+        self.down = linear(weights["ffn_down"])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(qg.gated_matmul(x, self.gate_up.w, activation="gelu_tanh"))
 
 
 class Block(nnx.Module):
@@ -161,7 +193,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, weights, dtype)
         self.attention_post_norm = RMSNorm(weights["post_attention_norm"], eps, jnp.float32)
         self.ffn_norm = RMSNorm(weights["ffn_norm"], eps, dtype)
-        self.ffn = FeedForward(weights)
+        self.ffn = InterleavedFeedForward(weights) if GATE_UP in weights else FeedForward(weights)
         self.ffn_post_norm = RMSNorm(weights["post_ffw_norm"], eps, jnp.float32)
 
     def __call__(self, x: jax.Array, span: Span, cached: Layer | None, recent: Layer):
@@ -176,7 +208,7 @@ class Gemma3(nnx.Module):
     Args:
       config: its hyperparameters.
       tensors: the tensors of the GGUF file by name, matrices as QTensors (k, n) or, where the file does not
-        quantize them, arrays (n, k).
+        quantize them, arrays (n, k); perhaps after `interleave_gates`.
       dtype: of the activations and of the cache.
 
     Raises:
@@ -192,7 +224,7 @@ class Gemma3(nnx.Module):
         self.output = self.embed if tied else embedding(tensors["output.weight"])
         self.blocks = nnx.List(
             [
-                Block(config, select(tensors, f"blk.{i}.", LAYER_TENSORS), sliding, self.dtype)
+                Block(config, layer_tensors(tensors, f"blk.{i}."), sliding, self.dtype)
                 for i, sliding in enumerate(config.sliding)
             ]
         )

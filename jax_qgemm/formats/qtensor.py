@@ -37,7 +37,8 @@ class QTensor:
     A QTensor is a pytree. Its leaves are the planes, arrays of unsigned integers (so casts, optimizers and `jax.grad`
     leave them alone), with leading batch axes; the shape is derived from them and never stored. Stacking, slicing,
     `jax.tree.map`, `jax.lax.scan` over stacked layers, `jax.vmap` and the local view inside `jax.shard_map` need no
-    special case. Static are the format and the padding of n to 16 and of k to the format's k-block.
+    special case. Static are the format and the padding of n to 16 and of k to the format's k-block: an axis that is
+    split over devices must have none, for each part would drop the padding of the whole.
 
     Attributes:
       planes: the packed arrays, one for each entry of `format.planes`, each (*batch, n/16, k/k_block, payload).

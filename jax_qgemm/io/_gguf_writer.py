@@ -48,7 +48,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, PlannedTensor], me
         header += struct.pack("<IQ", tensor.type.number, offset)
         offset = _align(offset + tensor.nbytes, alignment)
 
-    with _atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write(header)
         for tensor in tensors.values():
             file.seek(_align(file.tell(), alignment))  # what is skipped reads as zeros
@@ -160,7 +160,7 @@ def _common_array(values: Sequence[Any]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` once complete, and leaves no trace if it never is."""
     target = os.path.realpath(path)
     temporary = f"{target}.{secrets.token_hex(4)}.tmp"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_qgemm.formats import GGUF_FORMATS, GGUFFormat, QTensor
@@ -19,9 +16,8 @@ from jax_qgemm.io import _gguf_types as types
 from jax_qgemm.io import _gguf_writer as writer
 from jax_qgemm.io._gguf_file import GGUFFile, shorten
 from jax_qgemm.io._gguf_reader import GGUFHeader, GGUFTensorInfo, read_header, read_tensor
+from jax_qgemm.io._selection import progress_bar, select, to_array
 from jax_qgemm.io.errors import FormatError
-
-_PROGRESS_BYTES = 256 << 20
 
 
 def load_gguf(
@@ -59,12 +55,12 @@ def load_gguf(
     """
     with GGUFFile(path) as file:
         header = read_header(file)
-        selected = _select(header.tensors, tensors)
+        selected = [header.tensors[name] for name in select(header.tensors, tensors)]
         for info in selected:
             _check_loadable(path, info)
         total = sum(info.nbytes for info in selected)
         loaded: dict[str, QTensor | jax.Array | np.ndarray] = {}
-        with _progress_bar(path, total, progress) as advance:
+        with progress_bar(path, total, progress) as advance:
             for info in selected:
                 loaded[info.name] = _to_value(read_tensor(file, info, advance), info)
     return loaded, header.metadata
@@ -116,22 +112,6 @@ def save_gguf(
     writer.write(path, {name: _plan(name, value) for name, value in tensors.items()}, metadata or {})
 
 
-def _select(
-    infos: Mapping[str, GGUFTensorInfo], tensors: Iterable[str] | Callable[[str], bool] | None
-) -> list[GGUFTensorInfo]:
-    if tensors is None:
-        return list(infos.values())
-    if isinstance(tensors, str):
-        raise TypeError(f"tensors must be names or a predicate, got the single string {tensors!r}")
-    if callable(tensors):
-        return [info for info in infos.values() if tensors(info.name)]
-    names = set(tensors)
-    missing = sorted(map(repr, names - infos.keys()))
-    if missing:
-        raise ValueError(f"tensors names {', '.join(missing)}, not among the {len(infos)} tensors of the file")
-    return [info for info in infos.values() if info.name in names]
-
-
 def _check_loadable(path: str | os.PathLike[str], info: GGUFTensorInfo) -> None:
     if types.TENSOR_TYPE_OF_NAME[info.type].dtype is not None:
         return
@@ -148,8 +128,7 @@ def _to_value(raw: np.ndarray, info: GGUFTensorInfo) -> QTensor | jax.Array | np
     dtype = types.TENSOR_TYPE_OF_NAME[info.type].dtype
     if dtype is None:
         return QTensor.from_gguf_bytes(raw, info.type)
-    values = raw.view(dtype)
-    return jnp.asarray(values) if jax.dtypes.canonicalize_dtype(dtype) == dtype else values
+    return to_array(raw.view(dtype))
 
 
 def _plan(name: str, value: Any) -> writer.PlannedTensor:
@@ -191,18 +170,3 @@ def _quantized_bytes(argument: str, value: QTensor) -> np.ndarray:
 def _array_bytes(value: jax.Array | np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     # As bytes: bfloat16 is no type that memoryview knows.
     return np.ascontiguousarray(np.asarray(value), dtype).reshape(-1).view(np.uint8)
-
-
-@contextlib.contextmanager
-def _progress_bar(
-    path: str | os.PathLike[str], total: int, progress: bool | None
-) -> Iterator[Callable[[int], Any] | None]:
-    if progress is None:
-        progress = total >= _PROGRESS_BYTES and sys.stderr.isatty()
-    if not progress:
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=os.path.basename(path), unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        yield bar.update

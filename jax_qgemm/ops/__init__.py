@@ -1,6 +1,7 @@
 """The ops: their primitives with abstract evaluation, batching, derivatives and lowerings, and their wrappers."""
 
-from jax_qgemm.ops.matmul import ACTIVATIONS, matmul
+from jax_qgemm.ops.gated import gated_matmul, interleave_gate_up
+from jax_qgemm.ops.matmul import matmul
 from jax_qgemm.ops.take import take
 
-__all__ = ["ACTIVATIONS", "matmul", "take"]
+__all__ = ["gated_matmul", "interleave_gate_up", "matmul", "take"]

@@ -1,24 +1,19 @@
-"""The public product: argument checks, what surrounds the core primitive, and the epilogue."""
+"""The public product: argument checks, and what surrounds the primitives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_qgemm._sharding import varying_alike
 from jax_qgemm.formats.qtensor import QTensor
-from jax_qgemm.ops.matmul_primitive import FLOAT_DTYPES, KERNELS, qmatmul_p
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda v: jax.nn.gelu(v, approximate=False),
-    "gelu_tanh": lambda v: jax.nn.gelu(v, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-"""Nonlinearities that `matmul(activation=...)` takes by name; "gelu" is the exact one."""
+from jax_qgemm.ops import fused_primitive
+from jax_qgemm.ops.lowering import FLOAT_DTYPES, KERNELS
+from jax_qgemm.ops.matmul_primitive import qmatmul_p
+from jax_qgemm.reference import ACTIVATIONS
 
 _PRECISIONS = {
     None: None,
@@ -51,16 +46,36 @@ def check_float(name: str, array: Any) -> None:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {dtype}")
 
 
-def check_weight(w: Any) -> None:
+def check_shape(name: str, array: Any, shape: tuple[Any, ...]) -> None:
+    """Raises unless `array` is None or a float array of that shape."""
+    if array is None:
+        return
+    check_float(name, array)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+
+
+def check_weight(w: Any, name: str = "w") -> None:
     """Raises unless w is one (k, n) QTensor."""
     if not isinstance(w, QTensor):
         got = f"an array, {w.dtype}{list(w.shape)}" if hasattr(w, "dtype") else type(w).__name__
-        raise TypeError(f"w must be a QTensor (see jax_qgemm.quantize and jax_qgemm.io), got {got}")
+        raise TypeError(f"{name} must be a QTensor (see jax_qgemm.quantize and jax_qgemm.io), got {got}")
     if w.ndim != 2:
         raise ValueError(
-            f"w must be one weight of shape (k, n), got shape {w.shape}: index a stacked weight (w[i]), map over it "
-            "with jax.vmap, or scan over it with jax.lax.scan"
+            f"{name} must be one weight of shape (k, n), got shape {w.shape}: index a stacked weight (w[i]), map over "
+            "it with jax.vmap, or scan over it with jax.lax.scan"
         )
+
+
+def result_dtype(x: jax.Array, out_dtype: Any) -> Any:
+    """The type of a result, that of x by default; TypeError for one that the products don't give."""
+    try:
+        dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    except TypeError:
+        dtype = None
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype!r}")
+    return dtype
 
 
 def matmul(
@@ -74,9 +89,10 @@ def matmul(
     precision: Any = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """``activation(x @ w + bias) + residual`` with a quantized weight that is never expanded to floats in memory.
+    """``activation(x @ w + bias) + residual`` with a quantized weight.
 
-    Weights are decoded exactly, products are summed in float32, and the result is rounded once. Differentiable in x,
+    Weights are decoded exactly, in registers (by the kernel "dense": rounded once to the type of x, in scratch memory);
+    products are summed in float32, and the result is rounded once. Differentiable in x,
     bias and residual, forward and reverse; the weight gets no gradient.
 
     Args:
@@ -88,8 +104,10 @@ def matmul(
       out_dtype: float16, bfloat16 or float32; the type of x by default.
       precision: of float32 x. None, DEFAULT and HIGH multiply in TF32-class precision, HIGHEST in full float32; None
         follows `jax.default_matmul_precision`. (On the CPU every product is full float32.)
-      kernel: "auto", or one by name: "gemv" (up to 8 rows of x) and "gemm_sm80" on NVIDIA GPUs, "host" on the CPU,
-        "reference" (plain jnp) anywhere.
+      kernel: "auto", or one by name: "gemv" (up to 64 rows of x, 8 of float32), "gemm_sm80" and "gemm_sm90" (on Hopper,
+        16-bit x; not yet part of "auto") on NVIDIA GPUs, "host" on the CPU; anywhere "dense" (rows of w are decoded to
+        the type of x in scratch memory of at most 256 MiB, then XLA's dot), which "auto" takes on GPUs for 256 and more
+        rows of 16-bit x and for derivatives of 16 and more, and "reference" (plain jnp over all of w decoded).
 
     Returns:
       (..., n) of `out_dtype`.
@@ -100,44 +118,54 @@ def matmul(
         not serve the product or the platform that the function is compiled for.
       RuntimeError: compiled for CUDA by a build without CUDA.
     """
+    return product(
+        x, w, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype, precision=precision,
+        kernel=kernel,
+    )  # fmt: skip
+
+
+def product(
+    x: jax.Array,
+    w: QTensor,
+    *,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    precision: Any = None,
+    kernel: str = "auto",
+    gated: bool = False,
+) -> jax.Array:
+    """`matmul`, and `gated_matmul` of one QTensor."""
     check_float("x", x)
     check_weight(w)
     k, n = w.shape
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)}, but w has shape {w.shape}: expected x of shape (..., {k})")
-    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    if out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
-    if activation is not None and activation not in ACTIVATIONS:
+    out_dtype = result_dtype(x, out_dtype)
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)} or None, got {activation!r}")
-    if kernel != "auto" and kernel not in KERNELS:
+    if not (isinstance(kernel, str) and (kernel == "auto" or kernel in KERNELS)):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(KERNELS)}, got {kernel!r}")
-    for name, array, shape in (("bias", bias, (n,)), ("residual", residual, (*x.shape[:-1], n))):
-        if array is not None:
-            check_float(name, array)
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
-    plain = bias is None and activation is None and residual is None and w.global_scale is None
-    out = qmatmul_p.bind(
-        to_packed_order(jnp.asarray(x), w),
-        *w.planes,
-        format=w.format,
-        padding=w.padding,
-        batch_ndim=0,
-        transpose=False,
-        out_dtype=(out_dtype if plain else jnp.dtype("float32")).name,
-        highest=_is_highest(precision),
-        kernel=kernel,
-    )
-    if w.global_scale is not None:
-        out = out * w.global_scale.astype(jnp.float32)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    if activation is not None:
-        out = ACTIVATIONS[activation](out)
-    if residual is not None:
-        out = out + residual.astype(jnp.float32)
-    return out.astype(out_dtype)
+    check_shape("bias", bias, (n,))
+    check_shape("residual", residual, (*x.shape[:-1], n // 2 if gated else n))
+    for name, array in (("permutation", w.permutation), ("input_scale", w.input_scale)):
+        if array is not None and array.shape != (k,):
+            raise ValueError(f"{name} of w has shape {array.shape}, expected {(k,)}")
+    scale = None if w.global_scale is None else jnp.asarray(w.global_scale, jnp.float32)
+    x = to_packed_order(jnp.asarray(x), w)
+    x, bias, residual, scale, *planes = varying_alike(x, bias, residual, scale, *w.planes)
+    params = {
+        "format": w.format,
+        "padding": w.padding,
+        "batch_ndim": 0,
+        "out_dtype": out_dtype.name,
+        "highest": _is_highest(precision),
+        "kernel": kernel,
+    }
+    if not gated and activation is None and scale is None and bias is None and residual is None:
+        return qmatmul_p.bind(x, *planes, **params, transpose=False)
+    return fused_primitive.bind(x, planes, scale, bias, residual, **params, activation=activation, gated=gated)
 
 
 def to_packed_order(x: jax.Array, w: QTensor) -> jax.Array:

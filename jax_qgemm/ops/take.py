@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_qgemm.formats.qtensor import QTensor
+from jax_qgemm.ops.lowering import FLOAT_DTYPES
 from jax_qgemm.ops.matmul import check_weight
-from jax_qgemm.ops.matmul_primitive import FLOAT_DTYPES
 
 
 def take(w: QTensor, indices: Any, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -37,6 +37,9 @@ def take(w: QTensor, indices: Any, *, dtype: Any = jnp.float32) -> jax.Array:
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     k, n = w.shape
+    info = jnp.iinfo(indices.dtype)
+    if info.max > jnp.iinfo(jnp.int32).max:
+        indices = jnp.clip(indices, max(info.min, -n - 1), n)  # what is out of range must stay so in int32
     rows = indices.astype(jnp.int32)
     rows = jnp.where(rows < 0, rows + n, rows)
     valid = (rows >= 0) & (rows < n)

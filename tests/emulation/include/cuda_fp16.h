@@ -23,6 +23,7 @@ inline __half __float2half_rn(float f) {
   memcpy(&r.bits, &h, sizeof h);
   return r;
 }
+inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
 inline __half2 __float2half2_rn(float f) { return {__float2half_rn(f), __float2half_rn(f)}; }
 // The difference of two halves is exact in float, so this rounds once.
 inline __half __hsub(__half a, __half b) { return __float2half_rn(__half2float(a) - __half2float(b)); }

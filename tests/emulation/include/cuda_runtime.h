@@ -13,6 +13,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (emulation::current->index)
@@ -61,7 +62,9 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
 }
 
 inline void __syncthreads() { emulation::sync_block(); }
+inline void __syncwarp() { emulation::sync_warp(); }
 
+using emulation::blockDim;
 using emulation::blockIdx;
 using emulation::gridDim;
 
@@ -69,30 +72,58 @@ typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0 };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// Hopper's limits, but few multiprocessors, so that small products take several turns of a persistent grid.
+inline cudaError_t cudaGetDevice(int* device) { return *device = emulation::device.number, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9
-           : attribute == cudaDevAttrMultiProcessorCount  ? 3
-                                                          : 227 << 10;
+  const emulation::Device& device = emulation::device;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? device.major
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+           : attribute == cudaDevAttrMultiProcessorCount    ? device.multiprocessors
+                                                            : device.shared_bytes;
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = emulation::device.compiled;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 template <class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args...), Args... args) {
-  emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  emulation::run_grid({config->gridDim, config->blockDim, cluster, config->dynamicSmemBytes}, [&] { kernel(args...); });
   return cudaSuccess;
 }
+
+// The driver's only function that is asked for, which <cuda.h> declares.
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version, unsigned flags,
+                                             cudaDriverEntryPointQueryResult* found);

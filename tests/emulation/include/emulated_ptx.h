@@ -20,8 +20,103 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selectors) {
   return r;
 }
 
+template <uint32_t kMask>
+uint32_t and_or(uint32_t value, uint32_t bits) {
+  return (value & kMask) | bits;
+}
+
+inline uint4 load_once(const uint4* p) { return __ldg(p); }
+
+using SharedAddress = const char*;
+inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
+
+inline SharedAddress toggle(SharedAddress address, int bits) {
+  return reinterpret_cast<SharedAddress>(reinterpret_cast<uintptr_t>(address) ^ static_cast<uintptr_t>(bits));
+}
+
+inline uint32_t shared_offset(SharedAddress p) {
+  return static_cast<uint32_t>(reinterpret_cast<const unsigned char*>(p) - emulation::dynamic_shared);
+}
+
+inline void sync_named(int barrier, int threads) { emulation::sync_named(barrier, threads); }
+
+inline void copy_async_16(SharedAddress to, const void* from, bool valid) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) __builtin_trap();
+  // Until the copy is done there is garbage.
+  memset(const_cast<char*>(to), 0xff, 16);
+  emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr});
+}
+inline void copy_async_commit() {
+  emulation::current->committed.push_back(std::move(emulation::current->open));
+  emulation::current->open.clear();
+}
+template <int kPending>
+void copy_async_wait() {
+  auto& committed = emulation::current->committed;
+  for (; committed.size() > kPending; committed.pop_front()) {
+    for (const emulation::Copy& copy : committed.front()) {
+      if (copy.from) {
+        memcpy(copy.to, copy.from, 16);
+      } else {
+        memset(copy.to, 0, 16);
+      }
+    }
+  }
+}
+
+inline int cluster_rank() { return emulation::current->rank; }
+inline void cluster_arrive() {}
+inline void cluster_wait() { emulation::sync_cluster(); }
+
+// What a barrier's 64 bits hold here: the phase ends when as many have arrived as were set and no bytes are missing.
+struct Barrier {
+  int32_t bytes;
+  uint8_t arrivals, pending;
+  uint16_t phase;
+
+  bool initialized() const { return arrivals != 0xff; }  // which memory is filled with
+  void update() {
+    if (pending != 0 || bytes != 0) return;
+    pending = arrivals;
+    ++phase;
+  }
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+  const auto count = static_cast<uint8_t>(arrivals);
+  *reinterpret_cast<Barrier*>(barrier) = {0, count, count, 0};
+}
+inline void barrier_init_fence() {}
+inline void barrier_expect(uint64_t* barrier, int bytes) {
+  auto* b = reinterpret_cast<Barrier*>(barrier);
+  if (!b->initialized() || b->pending == 0) __builtin_trap();  // else more arrivals than the phase has
+  b->bytes += bytes;
+  --b->pending;
+  b->update();
+}
+inline void barrier_arrive(uint64_t* barrier, int rank) {
+  barrier_expect(static_cast<uint64_t*>(emulation::shared_of(barrier, rank)), 0);
+}
+inline void barrier_wait(uint64_t* barrier, int parity) {
+  while (reinterpret_cast<Barrier*>(barrier)->phase % 2 == parity) {
+    emulation::complete_copies(barrier);
+    if (reinterpret_cast<Barrier*>(barrier)->phase % 2 == parity) emulation::poll();
+  }
+}
+inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
+inline void store_async(float* to, float value, uint64_t* barrier, int rank) {
+  *static_cast<float*>(emulation::shared_of(to, rank)) = value;
+  auto* b = static_cast<Barrier*>(emulation::shared_of(barrier, rank));
+  b->bytes -= 4;
+  b->update();
+}
+
+// The 128-byte swizzle: bits 4 to 6 of an address in shared memory are changed by bits 7 to 9.
+inline uint32_t swizzled(uint32_t offset) { return offset ^ (offset >> 3 & 0x70); }
+
 // Register i of lane l is elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix i.
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
+inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress shared_row) {
   auto& exchange = emulation::warp_exchange();
   const int lane = emulation::current->lane();
   if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) __builtin_trap();

@@ -1,0 +1,58 @@
+"""Products of every format in three shapes, the last with its derivative and a lookup: what compute-sanitizer runs on.
+
+XLA_PYTHON_CLIENT_ALLOCATOR=platform compute-sanitizer --tool memcheck --error-exitcode 1 \\
+    python -m benchmarks.sanitizer_sample
+
+With the platform's allocator every array is an allocation of its own, so that an access beyond one is seen; JAX's
+own allocator would put them all into one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+
+import jax_qgemm as qg
+from benchmarks.harness import parse_format, random_weight, random_x
+from jax_qgemm.formats import FORMAT_NAMES
+
+# m, n, blocks of k, type of x: tails in every direction, all three operand types.
+CASES = ((1, 33, 3, "float16"), (9, 16, 1, "bfloat16"), (65, 127, 5, "float32"))
+INTEGERS = "int4:32,int4:-1,int4:128:asymmetric,int8:-1,int8:32"
+# Enough of k to be split, and m at the edges of what the decode kernels take.
+LONG_K = ((1, 64, 4096), (8, 48, 4096), (16, 64, 4096), (33, 128, 2048), (64, 64, 4096))
+LONG_K_FORMATS = "int4,q4_k"
+
+
+def products(limit: int | None) -> int:
+    """Runs the first `limit` cases; returns how many ran."""
+    count = 0
+    cases = [
+        (text, m, n, blocks * format.block, dtype)
+        for text in (*FORMAT_NAMES, *INTEGERS.split(","))
+        for format in [parse_format(text)]
+        for m, n, blocks, dtype in CASES
+    ] + [(text, m, n, k, "float16") for text in LONG_K_FORMATS.split(",") for m, n, k in LONG_K]
+    for text, m, n, k, dtype in cases[:limit]:
+        w = random_weight(parse_format(text), k, n, count)
+        x = random_x(m, k, dtype, seed=count)
+        if (m, n) == CASES[-1][:2]:
+            y, pull = jax.vjp(lambda x, w=w: qg.matmul(x, w), x)
+            jax.block_until_ready((y, pull(y), qg.take(w, jnp.arange(n))))
+        else:
+            jax.block_until_ready(qg.matmul(x, w))
+        count += 1
+        print(f"{count} {text} m={m} n={n} k={k} {dtype}", flush=True)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, help="run the first so many cases only")
+    print(f"{products(parser.parse_args().limit)} cases")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+// From XLA's buffers to a Weight: everything that a kernel relies on is checked here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "kernels/product.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_qgemm {
+
+struct WeightAttributes {
+  std::string_view format;
+  int64_t group_size;  // integer formats: elements of k per scale, 0 is per channel
+  int64_t scale_type;  // integer formats: a ScaleType
+};
+
+xla::ffi::Error invalid(const std::string& what);
+
+// False: not one of the types of a Scalar.
+bool scalar_of(xla::ffi::DataType type, Scalar* scalar);
+
+// Fills `w` from the first `count` of `planes`, of `tile_rows` rows of tiles in all, batch axes included.
+xla::ffi::Error check_weight(const xla::ffi::RemainingArgs& planes, int count, const WeightAttributes& attributes,
+                             int64_t tile_rows, int64_t k, Weight* w);
+
+}  // namespace jax_qgemm

@@ -1,0 +1,14 @@
+// Instantiations of gemm_sm90: k_quants.
+
+#include "formats/formats.cuh"
+#include "kernels/gemm_sm90_launch.cuh"
+
+namespace jax_qgemm {
+
+template const char* launch_gemm_sm90<Q2_K>(const Product&, cudaStream_t);
+template const char* launch_gemm_sm90<Q3_K>(const Product&, cudaStream_t);
+template const char* launch_gemm_sm90<Q4_K>(const Product&, cudaStream_t);
+template const char* launch_gemm_sm90<Q5_K>(const Product&, cudaStream_t);
+template const char* launch_gemm_sm90<Q6_K>(const Product&, cudaStream_t);
+
+}  // namespace jax_qgemm

@@ -1,0 +1,41 @@
+// The description of a matrix that Hopper's copy engine reads.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/product.h"
+
+namespace jax_qgemm {
+
+// From the driver that runs, so that nothing links against it; nullptr where it is too old.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function) : nullptr;
+  }();
+  return encoder;
+}
+
+// x as rows of k 16-bit elements, in boxes of box_rows by 64 with the 128-byte swizzle. Returns what went wrong, or
+// nullptr. `x` has to be aligned to 16 bytes, and k to be a multiple of 8.
+inline const char* encode_rows(CUtensorMap* map, const void* x, Scalar type, int64_t rows, int64_t k, int box_rows) {
+  const auto encode = tensor_map_encoder();
+  if (!encode) return "the driver is too old for tensor maps";
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride = static_cast<cuuint64_t>(k) * 2;
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, type == Scalar::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             const_cast<void*>(x), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the driver refuses a tensor map of x";
+}
+
+}  // namespace jax_qgemm

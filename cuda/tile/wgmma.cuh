@@ -1,0 +1,114 @@
+// wgmma, Hopper's product of four warps: c (64 x N) += a (64 x 16) * b (16 x N). Only code for sm_90a has it.
+// tests/emulation provides the same functions on the CPU.
+//
+// a is in registers: warp w of the warpgroup has rows 16w to 16w + 15 as the A operand of mma.m16n8k16. b lies in
+// shared memory, k fastest. c: sums[4j + i] is result i of mma.m16n8k16 for columns 8j to 8j + 7.
+#pragma once
+
+#include "tile/mma.cuh"
+
+namespace jax_qgemm {
+
+// The descriptor of 16 of the 64 k of b, which TMA has written with the 128-byte swizzle: rows of 128 bytes, 8 of them
+// 1024 bytes, the pattern being one of address bits. (PTX ISA, "Matrix Descriptor Format".)
+__device__ __forceinline__ uint64_t swizzled_operand(ptx::SharedAddress first) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{1024 >> 4} << 32, kLeading = uint64_t{1} << 16;
+  return kSwizzle128 | kStride | kLeading | (ptx::shared_offset(first) & 0x3ffff) >> 4;
+}
+
+}  // namespace jax_qgemm
+
+#ifdef JAX_QGEMM_EMULATION
+#include "emulated_wgmma.h"
+#else
+
+namespace jax_qgemm::ptx {
+
+// Before the first wgmma, and after registers that one reads or adds to were written.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until all of the warp's wgmmas are done; only then may `sums` be read, or a and b be overwritten.
+template <int Sums>
+__device__ __forceinline__ void wgmma_wait(float (&sums)[Sums]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < Sums; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // no use of them moves above the wait
+}
+
+// Registers of a thread from here on; a whole warpgroup, which has had at most (at least) as many before.
+template <int Count>
+__device__ __forceinline__ void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+template <int Count>
+__device__ __forceinline__ void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+#define QG_OUT_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define QG_OUT_16(i) QG_OUT_4(i), QG_OUT_4(i + 4), QG_OUT_4(i + 8), QG_OUT_4(i + 12)
+#define QG_OUT_32(i) QG_OUT_16(i), QG_OUT_16(i + 16)
+#define QG_OUT_64(i) QG_OUT_32(i), QG_OUT_32(i + 32)
+#define QG_OUT_128(i) QG_OUT_64(i), QG_OUT_64(i + 64)
+
+#define QG_NAMES_32                                                                                                    \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31"
+#define QG_NAMES_64                                                                                                   \
+  QG_NAMES_32                                                                                                         \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63"
+#define QG_NAMES_128                                                                                                  \
+  QG_NAMES_64                                                                                                         \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
+  "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
+  "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// Operands: the sums, then a and b, whose numbers follow.
+#define QG_WGMMA(N, TYPE, SUMS, A, B)                                                                             \
+  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+               "." TYPE " {" QG_NAMES_##SUMS "}, {" A "}, " B ", add, 1, 1, 0;\n}"                                \
+               : QG_OUT_##SUMS(0)                                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define QG_WGMMA_SIZES(NAME, TYPE)                                                            \
+  __device__ __forceinline__ void NAME(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {  \
+    QG_WGMMA(64, TYPE, 32, "%32,%33,%34,%35", "%36");                                         \
+  }                                                                                           \
+  __device__ __forceinline__ void NAME(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {  \
+    QG_WGMMA(128, TYPE, 64, "%64,%65,%66,%67", "%68");                                        \
+  }                                                                                           \
+  __device__ __forceinline__ void NAME(float (&c)[128], const uint32_t (&a)[4], uint64_t b) { \
+    QG_WGMMA(256, TYPE, 128, "%128,%129,%130,%131", "%132");                                  \
+  }
+
+// N is twice the number of sums. Enqueues only: see wgmma_wait().
+QG_WGMMA_SIZES(wgmma_f16, "f16")
+QG_WGMMA_SIZES(wgmma_bf16, "bf16")
+
+#undef QG_WGMMA_SIZES
+#undef QG_WGMMA
+#undef QG_NAMES_128
+#undef QG_NAMES_64
+#undef QG_NAMES_32
+#undef QG_OUT_128
+#undef QG_OUT_64
+#undef QG_OUT_32
+#undef QG_OUT_16
+#undef QG_OUT_4
+
+}  // namespace jax_qgemm::ptx
+
+#endif
+
+namespace jax_qgemm {
+
+template <class T, int Sums>
+__device__ __forceinline__ void wgmma(float (&sums)[Sums], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (T::kIsBF16) {
+    ptx::wgmma_bf16(sums, a, b);
+  } else {
+    ptx::wgmma_f16(sums, a, b);
+  }
+}
+
+}  // namespace jax_qgemm

@@ -1,0 +1,170 @@
+"""The CUDA kernels' own code, compiled for the CPU by tests/emulation, behind one function."""
+
+import contextlib
+import ctypes
+import subprocess
+from pathlib import Path
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_qgemm as qg
+from jax_qgemm.formats import get_format
+from jax_qgemm.formats.integer import SCALE_DTYPES, IntFormat
+from jax_qgemm.formats.layout import TILE_N
+
+SOURCES = Path(__file__).parent / "emulation"
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+# Major version, multiprocessors (few, for several turns of a persistent grid), bytes of shared memory.
+HOPPER = (9, 3, 227 << 10)
+
+
+class Epilogue(ctypes.Structure):
+    """cuda/kernels/product.h"""
+
+    _fields_ = (
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("scale_stride", ctypes.c_int64),
+        ("bias_stride", ctypes.c_int64),
+        ("bias_type", ctypes.c_int32),
+        ("residual_type", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_bool),
+    )
+
+
+def pointer(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+class Emulated:
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        for function in (self._library.emulated_matmul, self._library.emulated_dequantize):
+            function.restype = ctypes.c_char_p
+
+    @contextlib.contextmanager
+    def device(self, major: int, multiprocessors: int, shared_bytes: int, compiled: int | None = None):
+        """`compiled`: 10 times the compute capability of the kernels' code, by default 80 for GPUs before Hopper."""
+        compiled = compiled or (90 if major >= 9 else 80)
+        self._library.emulated_device(major, multiprocessors, shared_bytes, compiled)
+        try:
+            yield
+        finally:
+            self._library.emulated_device(*HOPPER, 90)
+
+    def last_launch(self) -> dict[str, int]:
+        values = (ctypes.c_int * 4)()
+        self._library.emulated_launch(values)
+        return dict(zip(("blocks", "threads", "cluster", "shared_bytes"), values, strict=True))
+
+    def matmul(
+        self,
+        x: jax.Array,
+        w: qg.QTensor,
+        *,
+        transpose=False,
+        highest=False,
+        out_dtype="float32",
+        kernel="auto",
+        bias=None,
+        residual=None,
+        scale=None,
+        activation=None,
+        gated=False,
+    ) -> np.ndarray:
+        """x (*batch, m, ...) times w or its transpose, as float64. bias and scale have a batch axis or are shared."""
+        k, n = w.shape[-2:]
+        planes = [np.ascontiguousarray(p) for p in w.planes]
+        xs = np.ascontiguousarray(x)
+        out = np.full((*xs.shape[:-1], k if transpose else n // 2 if gated else n), np.nan, jnp.dtype(out_dtype))
+        batch_ndim = len(w.shape) - 2
+        epilogue = Epilogue(
+            pointer(scale),
+            pointer(bias),
+            pointer(residual),
+            0 if scale is None or scale.ndim == 0 else 1,
+            0 if bias is None or bias.ndim == 1 else bias.shape[-1],
+            0 if bias is None else DTYPES[bias.dtype.name],
+            0 if residual is None else DTYPES[residual.dtype.name],
+            ACTIVATIONS[activation],
+            gated,
+        )
+        assert residual is None or residual.shape == out.shape
+        name, *weight = _weight(w, planes)
+        problem = self._library.emulated_matmul(
+            name,
+            kernel.encode(),
+            *weight,
+            xs.ctypes.data_as(ctypes.c_void_p),
+            DTYPES[x.dtype.name],
+            out.ctypes.data_as(ctypes.c_void_p),
+            DTYPES[jnp.dtype(out_dtype).name],
+            ctypes.c_int64(int(np.prod(xs.shape[:batch_ndim]))),
+            ctypes.c_int64(int(np.prod(xs.shape[batch_ndim:-1]))),
+            ctypes.c_int64(n),
+            ctypes.c_int64(k),
+            int(transpose),
+            int(highest),
+            ctypes.byref(epilogue),
+        )
+        if problem is not None:
+            raise RuntimeError(problem.decode())
+        return out.astype(np.float64)
+
+    def dequantize(self, w: qg.QTensor, *, first=0, rows: int, out_dtype="float32") -> np.ndarray:
+        """Rows [first, first + rows) of n, decoded: (*batch, rows, k)."""
+        *batch, k, n = w.shape
+        out = np.full((*batch, rows, k), np.nan, jnp.dtype(out_dtype))
+        planes = [np.ascontiguousarray(p) for p in w.planes]
+        problem = self._library.emulated_dequantize(
+            *_weight(w, planes),
+            out.ctypes.data_as(ctypes.c_void_p),
+            DTYPES[jnp.dtype(out_dtype).name],
+            ctypes.c_int64(int(np.prod(batch))),
+            ctypes.c_int64(-(-n // TILE_N)),
+            ctypes.c_int64(first // TILE_N),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(k),
+        )
+        if problem is not None:
+            raise RuntimeError(problem.decode())
+        return out
+
+
+def _weight(w: qg.QTensor, planes: list[np.ndarray]) -> tuple:
+    """Format, planes, their number, k-blocks, group size and scale type, as the C functions take them."""
+    format = w.format
+    is_int = isinstance(format, IntFormat)
+    return (
+        format.name.encode(),
+        (ctypes.c_void_p * len(planes))(*(p.ctypes.data for p in planes)),
+        len(planes),
+        ctypes.c_int64(planes[0].shape[-2]),
+        format.group if is_int else 0,
+        SCALE_DTYPES.index(format.scale_dtype) if is_int else 0,
+    )
+
+
+def build(folder: Path) -> Emulated:
+    """Compiles the kernels for the CPU into `folder`."""
+    done = subprocess.run(
+        ["make", "-s", "-j2", "-C", SOURCES, f"BUILD={folder}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Emulated(folder / "libemulation.so")
+
+
+def random_weight(format, k, n, seed, batch=None):
+    """A QTensor and its dense values, from the independent table."""
+    return cases.random_weight(get_format(format), n, k, np.random.default_rng(seed), batch=batch)
+
+
+def random_x(shape, dtype, seed):
+    x = jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return x, np.asarray(x, np.float64)

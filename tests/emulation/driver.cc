@@ -1,0 +1,30 @@
+// The driver's functions that launchers ask for, with its own conditions.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  constexpr uint64_t kMaxSize = uint64_t{1} << 32, kMaxStride = uint64_t{1} << 40;
+  bool valid = rank == 2 && reinterpret_cast<uintptr_t>(base) % 16 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
+  valid &= strides[0] % 16 == 0 && strides[0] < kMaxStride;
+  valid &= box[0] * 2 <= 128;  // the span of the swizzle
+  for (int i = 0; i < 2; ++i) {
+    valid &= sizes[i] > 0 && sizes[i] <= kMaxSize && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
+  }
+  if (!valid) return CUDA_ERROR_INVALID_VALUE;
+  *map = {static_cast<const char*>(base),   static_cast<int64_t>(sizes[0]), static_cast<int64_t>(sizes[1]),
+          static_cast<int64_t>(strides[0]), static_cast<int>(box[0]),       static_cast<int>(box[1])};
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned,
+                                             cudaDriverEntryPointQueryResult* found) {
+  if (strcmp(name, "cuTensorMapEncodeTiled") != 0) __builtin_trap();
+  *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}

@@ -1,0 +1,203 @@
+"""gemm_sm90, its wgmma and its copies of x, on the CPU by tests/emulation, against float64."""
+
+import epilogue_oracle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated import ACTIVATIONS, random_weight, random_x
+
+import jax_qgemm as qg
+from jax_qgemm.formats import FORMAT_NAMES, get_format
+from jax_qgemm.testing import check_product, nmse, product_limit
+
+FORMATS = [
+    *(f for f in FORMAT_NAMES if not f.startswith("int")),
+    qg.int2(32, symmetric=False),
+    qg.int3(64),
+    qg.int4(128),
+    qg.int4(32, symmetric=False, scale_dtype="bfloat16"),
+    qg.int4(64, symmetric=False),
+    qg.int4(256),
+    qg.int4(-1, symmetric=False),
+    qg.int8(-1),
+    qg.int8(128, symmetric=False, scale_dtype="bfloat16"),
+]
+TYPES = ("float16", "bfloat16")
+# m, n, k (or a block, where that is larger), multiprocessors; and what follows: tokens of a tile, blocks of a cluster.
+SHAPES = [
+    (33, 130, 256, 3),  # 64, 1
+    (64, 16, 512, 3),  # 64, 1
+    (65, 50, 192, 1),  # 128, 1
+    (128, 200, 320, 3),  # 128, 2
+    (200, 31, 1024, 1),  # 256, 1
+    (300, 48, 64, 2),  # 256, 1
+    (257, 144, 448, 4),  # 256, 2
+]
+
+
+def hopper(multiprocessors):
+    return (9, multiprocessors, 227 << 10)
+
+
+def memory_at(offset, shape, dtype):
+    """An array whose address is that many elements behind a multiple of 16 bytes."""
+    memory = np.zeros(int(np.prod(shape)) + 16, dtype)
+    first = -memory.ctypes.data % 16 // dtype.itemsize + offset
+    return memory[first : first + int(np.prod(shape))].reshape(shape)
+
+
+def product(emulated, x, w, **options):
+    return emulated.matmul(x, w, kernel="gemm_sm90", **options)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_product(emulated, format, dtype):
+    fmt = get_format(format)
+    limit = product_limit(dtype)
+    clusters = []
+    for case, (m, n, k, multiprocessors) in enumerate(SHAPES):
+        k = -(-k // fmt.block) * fmt.block
+        w, dense = random_weight(fmt, k, n, case)
+        x, exact = random_x((m, k), dtype, case + 100)
+        with emulated.device(*hopper(multiprocessors)):
+            check_product(product(emulated, x, w), exact, dense, limit)
+        clusters.append(emulated.last_launch()["cluster"])
+    assert clusters == [1, 1, 1, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("k", [8, 200, 264])
+def test_k_that_is_no_multiple_of_anything(emulated, k, dtype):
+    """Weights behind k are padding, with a scale of the channel's own; x is zero there."""
+    for format in (qg.int8(-1), qg.int4(-1, symmetric=False)):
+        w, dense = random_weight(format, k, 40, 0)
+        x, exact = random_x((70, k), dtype, 1)
+        check_product(product(emulated, x, w), exact, dense, product_limit(dtype))
+
+
+@pytest.mark.parametrize("m", [40, 130, 600])
+def test_the_operands_are_the_weights_rounded_once(emulated, m):
+    """Rows of the identity give each weight alone; nothing but its rounding is lost."""
+    for format in FORMATS:
+        fmt = get_format(format)
+        k = max(fmt.block, 64)
+        w, dense = random_weight(fmt, k, 24, 3)
+        x = np.zeros((m, k), np.float16)
+        x[np.arange(m), np.arange(m) % k] = 1
+        with np.errstate(over="ignore"):
+            expected = dense.astype(np.float16).astype(np.float64)[np.arange(m) % k]
+        if np.isfinite(expected).all():
+            assert np.array_equal(product(emulated, x, w), expected), fmt
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("format", ["q4_0", "q4_k", qg.int4(128)], ids=str)
+def test_many_tiles_a_block(emulated, format, blocks):
+    """Rings of registers and of x go on from tile to tile, batch and group of the walk; alone and in a cluster."""
+    clusters = set()
+    with emulated.device(*hopper(blocks)):
+        for m, n, k in ((150, 300, 512), (520, 260, 256), (70, 400, 768)):
+            w, dense = random_weight(format, k, n, 0, batch=2)
+            x, exact = random_x((2, m, k), "bfloat16", 1)
+            check_product(product(emulated, x, w), exact, dense, product_limit("bfloat16"))
+            assert emulated.last_launch()["blocks"] == blocks
+            clusters.add(emulated.last_launch()["cluster"])
+    assert blocks in clusters
+
+
+def test_results_do_not_depend_on_the_grid(emulated):
+    w, _ = random_weight("q6_k", 512, 300, 0)
+    x, _ = random_x((300, 512), "float16", 0)
+    first = product(emulated, x, w)
+    for multiprocessors in (1, 2, 8):
+        with emulated.device(*hopper(multiprocessors)):
+            assert np.array_equal(product(emulated, x, w), first)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("m", "n", "aligned", "gated"),
+    [
+        (90, 160, True, False),
+        (90, 160, True, True),
+        (300, 96, True, True),
+        (70, 96, False, False),
+        (70, 96, False, True),
+        (70, 61, True, False),
+    ],
+)
+def test_epilogue(emulated, m, n, aligned, gated, activation):
+    """Four results at a time, or one where n or an address is no multiple of that."""
+    rng = np.random.default_rng(0)
+    k = 256
+    w, dense = random_weight("q8_0", k, n, 0, batch=2)
+    x, exact = random_x((2, m, k), "bfloat16", 1)
+    columns = n // 2 if gated else n
+    bias, scale = rng.standard_normal((2, n)).astype(np.float16), np.asarray([0.25, 0.5], np.float32)
+    parts = {"activation": activation, "scale": scale[:, None, None]}
+    if gated:
+        tiles, biases = dense.reshape(2, k, n // 32, 2, 16), bias.astype(np.float64).reshape(2, 1, n // 32, 2, 16)
+        expected = epilogue_oracle.gated(
+            exact,
+            [tiles[..., i, :].reshape(2, k, columns) for i in range(2)],
+            bias=[biases[..., i, :].reshape(2, 1, columns) for i in range(2)],
+            **parts,
+        )
+    else:
+        expected = epilogue_oracle.fused(exact, dense, bias=bias.astype(np.float64)[:, None], **parts)
+    for dtype in ("float16", "bfloat16", "float32"):
+        residual = memory_at(0 if aligned else 2, (2, m, columns), jnp.dtype(dtype))
+        residual[...] = rng.standard_normal(residual.shape)
+        got = product(emulated, x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
+        assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+
+
+@pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("n", [64, 61])
+def test_types_of_the_result(emulated, n, out_dtype):
+    w, dense = random_weight("iq4_nl", 256, n, 1)
+    x, exact = random_x((65, 256), "float16", 2)
+    check_product(product(emulated, x, w, out_dtype=out_dtype), exact, dense, product_limit("float16", out_dtype))
+
+
+def test_infinite_and_nan_rows_stay_alone(emulated):
+    w, dense = random_weight("q4_1", 96, 20, 3)
+    for dtype in TYPES:
+        x, exact = random_x((70, 96), dtype, 4)
+        x = x.at[1, 7].set(np.inf).at[68, 9].set(np.nan)
+        got = product(emulated, x, w)
+        assert not np.isfinite(got[[1, 68]]).any()
+        kept = np.delete(np.arange(70), [1, 68])
+        check_product(got[kept], exact[kept], dense, product_limit(dtype))
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "dtype", "reason"),
+    [
+        ("q4_0", 128, "float32", "float32 x"),
+        (qg.int8(-1), 60, "float16", "multiple of 8"),
+        (qg.int4(16), 128, "float16", "groups of 16"),
+        (qg.int4(scale_dtype="float32"), 128, "float16", "float32 scales"),
+    ],
+    ids=str,
+)
+def test_says_why_it_refuses(emulated, format, k, dtype, reason):
+    w, _ = random_weight(format, k, 16, 0)
+    x, _ = random_x((40, k), dtype, 1)
+    with pytest.raises(RuntimeError, match=reason):
+        product(emulated, x, w)
+
+
+def test_refuses_x_that_is_not_aligned(emulated):
+    w, _ = random_weight("q4_0", 64, 16, 0)
+    with pytest.raises(RuntimeError, match="aligned to 16 bytes"):
+        product(emulated, memory_at(1, (40, 64), np.dtype(np.float16)), w)
+
+
+def test_refuses_other_gpus(emulated):
+    w, _ = random_weight("q4_0", 64, 16, 0)
+    x, _ = random_x((40, 64), "float16", 1)
+    for major in (8, 10):
+        with emulated.device(major, 3, 227 << 10), pytest.raises(RuntimeError, match=r"compute capability 9\.0"):
+            product(emulated, x, w)
