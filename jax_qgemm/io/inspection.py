@@ -126,6 +126,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointReport:
     """
     name = os.fspath(path)
     if not os.path.isdir(name):
+        if name.endswith(".safetensors"):
+            raise FormatError(name, "path", 0, "one file of a checkpoint: pass the directory that has its config.json")
         return _inspect_gguf(name)
     with SafetensorsDirectory(name) as directory:
         kind = _kind(directory)

@@ -132,7 +132,9 @@ def gated_matmul(
       (..., n) of `out_dtype`.
 
     Raises:
-      As `matmul` does.
+      TypeError: as `matmul` does.
+      ValueError: as `matmul` does; or w is no interleaved weight, or its two halves differ in shape.
+      RuntimeError: as `matmul` does.
     """
     options = {"precision": precision, "kernel": kernel}
     if not isinstance(w, tuple):
