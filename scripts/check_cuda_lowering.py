@@ -18,7 +18,7 @@ import jax_qgemm as qg
 from jax_qgemm import _native
 
 K, N = 512, 32  # a multiple of every format's block
-M = 3
+M, MANY = 3, 256  # MANY rows go by way of a decoded weight
 
 
 def loss(x: jax.Array, w: qg.QTensor) -> jax.Array:
@@ -32,6 +32,7 @@ def ops() -> Iterator[tuple[str, Callable, tuple]]:
     for format in qg.formats.FORMAT_NAMES:
         w = qg.quantize(kernel, format)
         yield f"matmul {format}", qg.matmul, (x, w)
+        yield f"matmul of many rows {format}", qg.matmul, (jax.ShapeDtypeStruct((MANY, K), jnp.bfloat16), w)
         yield f"gradient of matmul {format}", jax.grad(loss), (x, w)
         yield f"gated_matmul {format}", qg.gated_matmul, (x, w)
         yield f"take {format}", qg.take, (w, jax.ShapeDtypeStruct((M,), jnp.int32))
