@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from jax_qgemm import io
-from jax_qgemm.io._gguf_file import shorten
+from jax_qgemm.io.errors import shorten
 
 _DESCRIPTION = "What a checkpoint contains, and which known traps are in it. Exits with 1 where it can't be loaded."
 

@@ -14,7 +14,7 @@ import jax_qgemm as qg
 from jax_qgemm._registration import DEQUANTIZE_TARGET, MATMUL_TARGET
 from jax_qgemm.formats import get_format
 from jax_qgemm.ops import dense
-from jax_qgemm.ops.lowering import DENSE_MIN_ROWS, has_float16_range
+from jax_qgemm.ops.lowering import DENSE_MIN_ROWS
 from jax_qgemm.testing import check_product, product_limit
 
 needs_cuda_build = pytest.mark.skipif(not qg.build_info().cuda, reason="needs a build with CUDA")
@@ -38,7 +38,7 @@ def check(format, dtype, m=7, n=90, k=512, function: Callable[..., jax.Array] = 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_every_format(slabs, format, dtype):
-    if dtype == "float16" and not has_float16_range(format):
+    if dtype == "float16" and not format.scales_fit_float16:
         with pytest.raises(ValueError, match="float16 can't hold the scales"):
             check(format, dtype)
     else:
@@ -136,7 +136,7 @@ def test_cuda_maps_weights_without_it():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_gpu_every_format(slabs, format, dtype):
-    if dtype == "float16" and not has_float16_range(format):
+    if dtype == "float16" and not format.scales_fit_float16:
         pytest.skip("float16 does not hold the scales of the format")
     check(format, dtype, m=DENSE_MIN_ROWS + 3, function=jax.jit(matmul, static_argnames="out_dtype"))
 

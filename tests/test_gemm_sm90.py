@@ -10,7 +10,6 @@ from cases import FORMATS, random_weight
 
 import jax_qgemm as qg
 from jax_qgemm.formats import IntFormat
-from jax_qgemm.ops.lowering import has_float16_range
 from jax_qgemm.testing import check_product, product_limit
 
 SERVED = [f for f in FORMATS if not (isinstance(f, IntFormat) and (f.group == 16 or f.scale_dtype == "float32"))]
@@ -28,7 +27,7 @@ def needs_hopper() -> None:
 @pytest.mark.parametrize("format", SERVED, ids=str)
 def test_gpu_every_format(format, dtype):
     needs_hopper()
-    if dtype == "float16" and not has_float16_range(format):
+    if dtype == "float16" and not format.scales_fit_float16:
         pytest.skip("float16 does not hold the scales of these random weights")
     for m, n, k in ((33, 48, 512), (65, 200, 1024), (129, 1056, 1280), (700, 333, 768)):
         rng = np.random.default_rng(m)

@@ -81,6 +81,11 @@ class Format(abc.ABC):
 
     # What a family defines.
 
+    @property
+    def scales_fit_float16(self) -> bool:
+        """Whether scales are float16 or narrower, so that decoded weights may be float16."""
+        return True
+
     @abc.abstractmethod
     def qvalue(self, codes: jax.Array) -> jax.Array:
         """int32 qvalues of uint8 codes of any shape."""

@@ -40,6 +40,10 @@ def _power_of_two_multiple(integer: jax.Array, exponent: jax.Array) -> jax.Array
 class MXFP4(GGUFFormat):
     """2**(scale - 128) * table[code], in blocks of 32, scale being an e8m0 (OCP Microscaling 1.0)."""
 
+    @property
+    def scales_fit_float16(self) -> bool:
+        return False
+
     def qvalue(self, codes: jax.Array) -> jax.Array:
         return jnp.asarray(TABLE, jnp.int32)[codes]
 

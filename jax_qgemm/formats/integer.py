@@ -52,6 +52,10 @@ class IntFormat(Format):
         return f"{self.name}(group_size={self.group_size}, {kind}, {self.scale_dtype} scales)"
 
     @property
+    def scales_fit_float16(self) -> bool:
+        return self.scale_dtype == "float16"
+
+    @property
     def _code_zero(self) -> int:
         # Stored code of qvalue 0 for signed qvalues; int8 is stored in two's complement.
         return 1 << (self.bits - 1) if self.symmetric and self.bits < 8 else 0

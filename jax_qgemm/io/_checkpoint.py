@@ -12,11 +12,10 @@ import numpy as np
 
 from jax_qgemm.formats import Format, QTensor
 from jax_qgemm.formats.integer import GROUP_SIZES
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._safetensors import SafetensorsDirectory, TensorInfo
 from jax_qgemm.io._selection import progress_bar, select, to_array
 from jax_qgemm.io._strict_json import Config
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 
 Loaded = dict[str, "QTensor | jax.Array | np.ndarray"]
 FLOATS = ("F16", "BF16", "F32")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._strict_json import Config
+from jax_qgemm.io.errors import shorten
 
 # The formats that can be read, by what they are called in a configuration; mixed-precision leaves it to the groups.
 _FORMATS = {

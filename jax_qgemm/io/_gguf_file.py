@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _HEADER_CHUNK = 1 << 20
@@ -132,9 +132,3 @@ class Cursor:
         text = raw.decode("utf-8", "surrogateescape")
         self.hold(sys.getsizeof(text) + 16)
         return text
-
-
-def shorten(name: str | bytes) -> str:
-    """A quoted name, for messages."""
-    quoted = repr(name)
-    return quoted if len(quoted) <= 100 else f"{quoted[:48]}...{quoted[-48:]}"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jax_qgemm.io import _gguf_types as types
-from jax_qgemm.io._gguf_file import Cursor, GGUFFile, shorten
+from jax_qgemm.io._gguf_file import Cursor, GGUFFile
 from jax_qgemm.io._gguf_types import GGUFInt, GGUFValueType, TensorType
+from jax_qgemm.io.errors import shorten
 
 # Memory that a metadata entry and a tensor's description take beside their strings, rounded up.
 _ENTRY_BYTES = 512

@@ -18,9 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from jax_qgemm.io import _strict_json
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._strict_json import Config
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 
 _NUMPY_DTYPES = {
     "BOOL": np.dtype("?"),

@@ -7,8 +7,7 @@ import os
 import stat
 from typing import Any, NoReturn
 
-from jax_qgemm.io._gguf_file import shorten
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 
 MAX_BYTES = 32 << 20  # headers, indexes and configurations of real models stay below 16 MB
 _MAX_DEPTH = 64

@@ -21,10 +21,10 @@ import numpy as np
 from jax_qgemm.formats import IntFormat, QTensor
 from jax_qgemm.io import _checkpoint, _safetensors_writer
 from jax_qgemm.io._checkpoint import FLOATS, Module, Plan
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._repack import int_fields, int_format, int_weight, pack_words, unpack_words
 from jax_qgemm.io._safetensors import SafetensorsDirectory, TensorInfo
 from jax_qgemm.io._strict_json import Config
+from jax_qgemm.io.errors import shorten
 
 CONFIG_NAMES = ("quantize_config.json", "quant_config.json")
 GROUP_SIZES = (-1, 32, 64, 128)

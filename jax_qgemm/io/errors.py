@@ -23,3 +23,9 @@ class FormatError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.field} at byte {self.offset}: {self.problem}"
+
+
+def shorten(name: str | bytes) -> str:
+    """A quoted name, for messages."""
+    quoted = repr(name)
+    return quoted if len(quoted) <= 100 else f"{quoted[:48]}...{quoted[-48:]}"

@@ -14,10 +14,10 @@ import numpy as np
 from jax_qgemm.formats import GGUF_FORMATS, GGUFFormat, QTensor
 from jax_qgemm.io import _gguf_types as types
 from jax_qgemm.io import _gguf_writer as writer
-from jax_qgemm.io._gguf_file import GGUFFile, shorten
+from jax_qgemm.io._gguf_file import GGUFFile
 from jax_qgemm.io._gguf_reader import GGUFHeader, GGUFTensorInfo, read_header, read_tensor
 from jax_qgemm.io._selection import progress_bar, select, to_array
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 
 
 def load_gguf(

@@ -19,7 +19,6 @@ import numpy as np
 from jax_qgemm.formats import IntFormat, QTensor
 from jax_qgemm.io import _checkpoint, _safetensors_writer
 from jax_qgemm.io._checkpoint import FLOATS, Module, Plan
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._repack import (
     INT_BITS,
     int_fields,
@@ -32,6 +31,7 @@ from jax_qgemm.io._repack import (
 )
 from jax_qgemm.io._safetensors import SafetensorsDirectory, TensorInfo
 from jax_qgemm.io._strict_json import Config
+from jax_qgemm.io.errors import shorten
 
 CONFIG_NAME = "quantize_config.json"
 _PARTS = frozenset({"qweight", "qzeros", "scales", "g_idx"})

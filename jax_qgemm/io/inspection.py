@@ -16,10 +16,9 @@ from jax_qgemm.formats import GGUF_FORMATS
 from jax_qgemm.io import _compressed_tensors_config, _evidence, awq, compressed_tensors, gptq
 from jax_qgemm.io import _gguf_types as types
 from jax_qgemm.io._checkpoint import Module, Plan
-from jax_qgemm.io._gguf_file import shorten
 from jax_qgemm.io._safetensors import DTYPES, SafetensorsDirectory, TensorInfo
 from jax_qgemm.io._strict_json import Config
-from jax_qgemm.io.errors import FormatError
+from jax_qgemm.io.errors import FormatError, shorten
 from jax_qgemm.io.gguf import read_gguf_header
 
 _FEW = 6  # a layer unlike the others in more tensors is of another kind, not damaged

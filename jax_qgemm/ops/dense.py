@@ -38,9 +38,10 @@ def _abstract_eval(*planes, format, padding, batch_ndim, first, rows, dtype):
 
 
 def _reference(*planes, format, padding, batch_ndim, first, rows, dtype):
-    k, n = weight_shape(planes, format, padding)
-    dense = format.decode(format.from_planes(planes, n, k))
-    return lax.slice_in_dim(dense, first, first + rows, axis=batch_ndim).astype(dtype)
+    k, _ = weight_shape(planes, format, padding)
+    tiles = first // TILE_N, -(-(first + rows) // TILE_N)
+    slab = tuple(lax.slice_in_dim(plane, *tiles, axis=batch_ndim) for plane in planes)
+    return format.decode(format.from_planes(slab, rows, k)).astype(dtype)
 
 
 def _lower_cuda(ctx, *planes, format, padding, batch_ndim, first, rows, dtype):

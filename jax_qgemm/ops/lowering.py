@@ -86,22 +86,21 @@ def _check_kernel(kernel: str, platform: str) -> None:
 
 def _check_forced(kernel: str, x: Any, format: Format, batch_ndim: int) -> None:
     """Raises with every reason why the kernel asked for can't serve, but for those that only the device knows."""
-    if kernel not in ("gemv", "gemm_sm90"):
-        return
     reasons = []
     rows, most = math.prod(x.shape[batch_ndim:-1]), gemv_max_rows(x.dtype)
     if kernel == "gemv" and isinstance(rows, int) and rows > most:
         reasons.append(f"x has {rows} rows of {x.dtype}, more than {most}")
     if kernel == "gemm_sm90" and x.dtype == jnp.float32:
         reasons.append("it serves float16 and bfloat16 x")
-    if kernel == "gemm_sm90" and x.dtype == jnp.float16 and not has_float16_range(format):
+    if kernel in ("gemm_sm90", "dense") and x.dtype == jnp.float16 and not format.scales_fit_float16:
         reasons.append("it rounds w to the type of x, and float16 can't hold the scales")
     if kernel == "gemm_sm90" and isinstance(x.shape[-1], int) and x.shape[-1] % 8:
         reasons.append(f"k = {x.shape[-1]} is not a multiple of 8")
-    if isinstance(format, IntFormat) and format.group == 16:
-        reasons.append("it serves integer groups of 32 and more")
-    if isinstance(format, IntFormat) and format.scale_dtype == "float32":
-        reasons.append("it serves integers with 16-bit scales")
+    if kernel in ("gemv", "gemm_sm90") and isinstance(format, IntFormat):
+        if format.group == 16:
+            reasons.append("it serves integer groups of 32 and more")
+        if format.scale_dtype == "float32":
+            reasons.append("it serves integers with 16-bit scales")
     if reasons:
         raise ValueError(f"kernel={kernel!r} can't serve x {list(x.shape)} with {format}: {'; '.join(reasons)}")
 
@@ -110,16 +109,9 @@ def _dense_pays(x: Any, format: Format, batch_ndim: int, transpose: bool) -> boo
     """Whether "auto" takes "dense" on a GPU: many rows through one weight, of a type that holds the decoded weight."""
     rows = math.prod(x.shape[:-1])
     # Scales beyond float16 must not be squeezed through it.
-    holds = x.dtype == jnp.bfloat16 or (x.dtype == jnp.float16 and has_float16_range(format))
+    holds = x.dtype == jnp.bfloat16 or (x.dtype == jnp.float16 and format.scales_fit_float16)
     least = DENSE_MIN_ROWS_TRANSPOSED if transpose else DENSE_MIN_ROWS
     return batch_ndim == 0 and holds and isinstance(rows, int) and rows >= least
-
-
-def has_float16_range(format: Format) -> bool:
-    """Whether the format's scales are float16 or narrower."""
-    if isinstance(format, IntFormat):
-        return format.scale_dtype == "float16"
-    return format.name != "mxfp4"
 
 
 def weight_attributes(format: Format) -> dict[str, Any]:
@@ -153,19 +145,14 @@ def register_lowerings(
         kernel, format, batch_ndim = params["kernel"], params["format"], params["batch_ndim"]
         x = ctx.avals_in[0]
         _check_kernel(kernel, platform)
+        _check_forced(kernel, x, format, batch_ndim)
         if platform == "cuda" and kernel != "reference":
             require_cuda()
         pays = kernel == "auto" and platform == "cuda"
-        if kernel == "dense" and x.dtype == jnp.float16 and not has_float16_range(format):
-            raise ValueError(
-                "kernel='dense' rounds w to the type of x, and float16 can't hold the scales of "
-                f"{format}: cast x to bfloat16"
-            )
         if kernel == "dense" or (pays and _dense_pays(x, format, batch_ndim, params.get("transpose", False))):
             return lower_dense(ctx, *operands, **params)
         if kernel == "reference" or platform not in ("cpu", "cuda"):
             return lower_reference(ctx, *operands, **params)
-        _check_forced(kernel, x, format, batch_ndim)
         return jax.ffi.ffi_lowering(target)(
             ctx,
             *operands,
