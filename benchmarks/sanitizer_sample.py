@@ -24,6 +24,9 @@ INTEGERS = "int4:32,int4:-1,int4:128:asymmetric,int8:-1,int8:32"
 # Enough of k to be split, and m at the edges of what the decode kernels take.
 LONG_K = ((1, 64, 4096), (8, 48, 4096), (16, 64, 4096), (33, 128, 2048), (64, 64, 4096))
 LONG_K_FORMATS = "int4,q4_k"
+# Rows of x for the kernels of large products.
+MANY_ROWS = ((70, 512, 1024), (300, 1056, 1024))
+MANY_ROWS_FORMATS = "int4,int8:-1,q4_k,q6_k,q8_0,iq4_xs"
 
 
 def products(limit: int | None) -> int:
@@ -34,10 +37,13 @@ def products(limit: int | None) -> int:
         for text in (*FORMAT_NAMES, *INTEGERS.split(","))
         for format in [parse_format(text)]
         for m, n, blocks, dtype in CASES
-    ] + [(text, m, n, k, "float16") for text in LONG_K_FORMATS.split(",") for m, n, k in LONG_K]
+    ]
+    cases += [(text, m, n, k, "float16") for text in LONG_K_FORMATS.split(",") for m, n, k in LONG_K]
+    cases += [(text, m, n, k, "bfloat16") for text in MANY_ROWS_FORMATS.split(",") for m, n, k in MANY_ROWS]
     for text, m, n, k, dtype in cases[:limit]:
-        w = random_weight(parse_format(text), k, n, count)
-        x = random_x(m, k, dtype, seed=count)
+        with jax.default_device(jax.devices("cpu")[0]):  # compiling under the sanitizer takes seconds
+            operands = random_x(m, k, dtype, seed=count), random_weight(parse_format(text), k, n, count)
+        x, w = jax.device_put(operands, jax.devices()[0])
         if (m, n) == CASES[-1][:2]:
             y, pull = jax.vjp(lambda x, w=w: qg.matmul(x, w), x)
             jax.block_until_ready((y, pull(y), qg.take(w, jnp.arange(n))))

@@ -45,7 +45,8 @@ def pointer(array: np.ndarray | None) -> int | None:
 class Emulated:
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for function in (self._library.emulated_matmul, self._library.emulated_dequantize):
+        library = self._library
+        for function in (library.emulated_matmul, library.emulated_dequantize, library.emulated_gemv_sm90_split):
             function.restype = ctypes.c_char_p
 
     @contextlib.contextmanager
@@ -57,6 +58,14 @@ class Emulated:
             yield
         finally:
             self._library.emulated_device(*HOPPER, 90)
+
+    def gemm_sm90_choice(self, m: int, n: int, k: int, bits: float, multiprocessors: int) -> tuple[int, int, str]:
+        """Tokens and blocks of 64 rows of gemm_sm90's tiles; "whole", "split" along k, or both: a split "tail"."""
+        out = (ctypes.c_int64 * 4)()
+        sizes = (ctypes.c_int64(size) for size in (m, n, k))
+        self._library.emulated_gemm_sm90_choice(*sizes, ctypes.c_double(bits), max(1, multiprocessors // 2), out)
+        tokens, blocks, whole, items = out
+        return tokens, blocks, "whole" if whole == items else "tail" if whole else "split"
 
     def last_launch(self) -> dict[str, int]:
         values = (ctypes.c_int * 4)()
@@ -135,6 +144,29 @@ class Emulated:
         if problem is not None:
             raise RuntimeError(problem.decode())
         return out
+
+    def gemv_sm90_split(self, number: int, x: jax.Array, w: qg.QTensor) -> tuple[np.ndarray, dict[str, int]] | None:
+        """x (batch, m, k) float16 times int4 w by the split of that number, and the split; None: there is none."""
+        batch, k, n = w.shape
+        planes = [np.ascontiguousarray(p) for p in w.planes]
+        xs = np.ascontiguousarray(x)
+        out = np.full((batch, xs.shape[1], n), np.nan, np.float32)
+        names = ("rows", "slices", "cluster", "x_stays", "buffers", "passes")
+        split = (ctypes.c_int * len(names))()
+        problem = self._library.emulated_gemv_sm90_split(
+            number,
+            *(p.ctypes.data_as(ctypes.c_void_p) for p in planes),
+            ctypes.c_int64(planes[0].shape[-2]),
+            xs.ctypes.data_as(ctypes.c_void_p),
+            out.ctypes.data_as(ctypes.c_void_p),
+            *(ctypes.c_int64(size) for size in (batch, xs.shape[1], n, k)),
+            split,
+        )
+        if problem == b"no such split":
+            return None
+        if problem is not None:
+            raise RuntimeError(problem.decode())
+        return out, dict(zip(names, split, strict=True))
 
 
 def _weight(w: qg.QTensor, planes: list[np.ndarray]) -> tuple:

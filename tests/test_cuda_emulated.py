@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated import DTYPES, random_weight, random_x
+from emulated import DTYPES, HOPPER, random_weight, random_x
 
 import jax_qgemm as qg
 from jax_qgemm.formats import FORMAT_NAMES, get_format
 from jax_qgemm.formats.layout import TILE_N
-from jax_qgemm.testing import nmse
+from jax_qgemm.testing import check_product, nmse, product_limit
 
 FORMATS = [
     *(f for f in FORMAT_NAMES if not f.startswith("int")),
@@ -25,6 +25,7 @@ FORMATS = [
 SHAPES = [(1, 16, 1), (3, 33, 5), (8, 127, 3), (9, 3, 2), (17, 80, 3), (33, 50, 2), (70, 31, 1)]
 # NMSE of one rounding of x to 16 significant bits (two bf16 terms), and of full float32.
 LIMITS = {"float16": 1e-11, "bfloat16": 1e-11, "float32": 5e-7, "highest": 1e-11}
+AMPERE = (8, 3, 160 << 10)  # where "auto" takes kernels whose operands are exact, however many rows there are
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -36,7 +37,8 @@ def test_product(emulated, format):
         for dtype in DTYPES:
             x, exact = random_x((m, k), dtype, case + 100)
             for highest in (False, True) if dtype == "float32" else (False,):
-                error = nmse(emulated.matmul(x, w, highest=highest), exact @ dense)
+                with emulated.device(*(HOPPER if m <= 8 else AMPERE)):
+                    error = nmse(emulated.matmul(x, w, highest=highest), exact @ dense)
                 assert error <= LIMITS["highest" if highest else dtype], (m, n, k, dtype, highest, error)
 
 
@@ -47,6 +49,31 @@ def test_few_rows_by_the_kernel_for_many(emulated, format):
     x, exact = random_x((5, 3 * fmt.block), "float32", 1)
     error = nmse(emulated.matmul(x, w, highest=True, kernel="gemm_sm80"), exact @ dense)
     assert error <= LIMITS["highest"], error
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE], ids=["hopper", "ampere"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        qg.int3(-1, symmetric=False, scale_dtype="bfloat16"),
+        qg.int4(-1, symmetric=False, scale_dtype="float32"),
+        qg.int8(256, symmetric=False),
+        "q2_k",
+        "q4_k",
+    ],
+    ids=str,
+)
+def test_x_and_weights_with_a_mean(emulated, format, device):
+    """Tensor cores cut sums off toward zero: sums whose terms have one sign show what adds up in long chains."""
+    k = 1024
+    w, dense = random_weight(format, k, 48, 0)
+    with emulated.device(*device):
+        for m, kernel in ((8, "auto"), (8, "gemm_sm80"), (17, "gemm_sm80")):
+            for dtype in DTYPES:
+                x = random_x((m, k), dtype, m)[0] + 4
+                for highest in (False, True) if dtype == "float32" else (False,):
+                    got = emulated.matmul(x, w, highest=highest, kernel=kernel)
+                    check_product(got, x, dense, product_limit(dtype, highest=highest))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +142,8 @@ def test_batch_and_output_types(emulated, transpose, out_dtype):
     w, dense = random_weight("q4_k", 256, 40, 1, batch=3)
     x, exact = random_x((3, 11, 40 if transpose else 256), "bfloat16", 2)
     expected = exact @ (np.swapaxes(dense, -1, -2) if transpose else dense)
-    got = emulated.matmul(x, w, transpose=transpose, out_dtype=out_dtype)
+    with emulated.device(*AMPERE):
+        got = emulated.matmul(x, w, transpose=transpose, out_dtype=out_dtype)
     # One rounding of the output: half a unit in the last place, squared.
     assert nmse(got, expected) <= {"float16": 2.0**-22, "bfloat16": 2.0**-16, "float32": 1e-11}[out_dtype]
 

@@ -13,6 +13,16 @@ from jax_qgemm.formats import IntFormat
 from jax_qgemm.testing import check_product, product_limit
 
 SERVED = [f for f in FORMATS if not (isinstance(f, IntFormat) and (f.group == 16 or f.scale_dtype == "float32"))]
+# m, n, k (or the next multiple of a block), no larger than the pool of cases.random_weight(): every tile of the kernel.
+SHAPES = (
+    (33, 48, 512),
+    (65, 200, 1024),
+    (129, 1056, 1280),
+    (700, 333, 768),
+    (2100, 1056, 512),
+    (2600, 1056, 512),
+    (4200, 1024, 512),
+)
 matmul = jax.jit(functools.partial(qg.matmul, kernel="gemm_sm90"), static_argnames=("activation", "out_dtype"))
 
 
@@ -24,17 +34,22 @@ def needs_hopper() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mean", [0, 4])
 @pytest.mark.parametrize("format", SERVED, ids=str)
-def test_gpu_every_format(format, dtype):
+def test_gpu_every_format(format, mean, dtype):
+    """The mean of x shows what moves all weights of a group together."""
     needs_hopper()
     if dtype == "float16" and not format.scales_fit_float16:
         pytest.skip("float16 does not hold the scales of these random weights")
-    for m, n, k in ((33, 48, 512), (65, 200, 1024), (129, 1056, 1280), (700, 333, 768)):
+    for m, n, k in SHAPES:
         rng = np.random.default_rng(m)
         k = -(-k // format.k_block) * format.k_block
         w, exact = random_weight(format, n, k, rng)
-        x = jnp.asarray(rng.standard_normal((m, k)), dtype)
+        x = jnp.asarray(rng.standard_normal((m, k)) + mean, dtype)
         minimums = format.name in ("q4_1", "q5_1", "q2_k", "q4_k", "q5_k")
+        if mean and getattr(format, "group", 1) > 0:
+            # The weight is rounded once, and roundings of a column add up. Integers per channel are exact.
+            exact = exact.astype(np.float32).astype(jnp.dtype(dtype))
         check_product(matmul(x, w, out_dtype="float32"), x, exact, product_limit(dtype, minimums=minimums))
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated import ACTIVATIONS, random_weight, random_x
+from test_gemm_sm90 import SHAPES as GPU_SHAPES
 
 import jax_qgemm as qg
-from jax_qgemm.formats import FORMAT_NAMES, get_format
+from jax_qgemm.formats import FORMAT_NAMES, IntFormat, get_format
 from jax_qgemm.testing import check_product, nmse, product_limit
 
 FORMATS = [
@@ -23,15 +24,16 @@ FORMATS = [
     qg.int8(128, symmetric=False, scale_dtype="bfloat16"),
 ]
 TYPES = ("float16", "bfloat16")
-# m, n, k (or a block, where that is larger), multiprocessors; and what follows: tokens of a tile, blocks of a cluster.
+# m, n, k (or the next multiple of a block), multiprocessors.
 SHAPES = [
-    (33, 130, 256, 3),  # 64, 1
-    (64, 16, 512, 3),  # 64, 1
-    (65, 50, 192, 1),  # 128, 1
-    (128, 200, 320, 3),  # 128, 2
-    (200, 31, 1024, 1),  # 256, 1
-    (300, 48, 64, 2),  # 256, 1
-    (257, 144, 448, 4),  # 256, 2
+    (33, 16, 512, 4),
+    (40, 530, 256, 4),
+    (65, 50, 192, 1),
+    (257, 48, 512, 4),
+    (100, 310, 64, 2),
+    (257, 300, 320, 4),
+    (200, 31, 1024, 1),
+    (140, 520, 256, 4),
 ]
 
 
@@ -55,15 +57,23 @@ def product(emulated, x, w, **options):
 def test_product(emulated, format, dtype):
     fmt = get_format(format)
     limit = product_limit(dtype)
-    clusters = []
+    choices = set()
     for case, (m, n, k, multiprocessors) in enumerate(SHAPES):
         k = -(-k // fmt.block) * fmt.block
         w, dense = random_weight(fmt, k, n, case)
         x, exact = random_x((m, k), dtype, case + 100)
         with emulated.device(*hopper(multiprocessors)):
             check_product(product(emulated, x, w), exact, dense, limit)
-        clusters.append(emulated.last_launch()["cluster"])
-    assert clusters == [1, 1, 1, 2, 1, 1, 2]
+        bits = 8 * w.nbytes / (k * -(-n // 16) * 16)
+        choices.add(emulated.gemm_sm90_choice(m, n, k, bits, multiprocessors))
+    assert {choice[:2] for choice in choices} == {(64, 1), (128, 1), (256, 1), (128, 2)}
+    assert {choice[2] for choice in choices} == {"whole", "split", "tail"}
+
+
+def test_every_tile_is_tested_on_a_gpu(emulated):
+    choices = {emulated.gemm_sm90_choice(*shape, 4.5, 132) for shape in GPU_SHAPES}
+    assert {choice[:2] for choice in choices} == {(64, 1), (128, 1), (256, 1), (128, 2)}
+    assert {choice[2] for choice in choices} == {"whole", "split", "tail"}
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -78,41 +88,38 @@ def test_k_that_is_no_multiple_of_anything(emulated, k, dtype):
 
 @pytest.mark.parametrize("m", [40, 130, 600])
 def test_the_operands_are_the_weights_rounded_once(emulated, m):
-    """Rows of the identity give each weight alone; nothing but its rounding is lost."""
+    """Rows of the identity give each weight alone; nothing but its rounding is lost. A channel's scale is not in it."""
     for format in FORMATS:
         fmt = get_format(format)
         k = max(fmt.block, 64)
         w, dense = random_weight(fmt, k, 24, 3)
         x = np.zeros((m, k), np.float16)
         x[np.arange(m), np.arange(m) % k] = 1
-        with np.errstate(over="ignore"):
-            expected = dense.astype(np.float16).astype(np.float64)[np.arange(m) % k]
-        if np.isfinite(expected).all():
-            assert np.array_equal(product(emulated, x, w), expected), fmt
+        per_channel = isinstance(fmt, IntFormat) and fmt.group == 0
+        expected = dense.astype(np.float32 if per_channel else np.float16).astype(np.float64)[np.arange(m) % k]
+        assert np.isfinite(expected).all()
+        assert np.array_equal(product(emulated, x, w), expected), fmt
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("clusters", [1, 2])
 @pytest.mark.parametrize("format", ["q4_0", "q4_k", qg.int4(128)], ids=str)
-def test_many_tiles_a_block(emulated, format, blocks):
-    """Rings of registers and of x go on from tile to tile, batch and group of the walk; alone and in a cluster."""
-    clusters = set()
-    with emulated.device(*hopper(blocks)):
+def test_many_tiles_a_cluster(emulated, format, clusters):
+    """The ring of x and w goes on from tile to tile, batch and group of the walk."""
+    with emulated.device(*hopper(2 * clusters)):
         for m, n, k in ((150, 300, 512), (520, 260, 256), (70, 400, 768)):
             w, dense = random_weight(format, k, n, 0, batch=2)
             x, exact = random_x((2, m, k), "bfloat16", 1)
             check_product(product(emulated, x, w), exact, dense, product_limit("bfloat16"))
-            assert emulated.last_launch()["blocks"] == blocks
-            clusters.add(emulated.last_launch()["cluster"])
-    assert blocks in clusters
+            launch = emulated.last_launch()
+            assert (launch["blocks"], launch["cluster"]) == (2 * clusters, 2)
 
 
-def test_results_do_not_depend_on_the_grid(emulated):
+@pytest.mark.parametrize("m", [33, 257])
+def test_two_runs_agree_to_the_bit(emulated, m):
+    """Of both kinds: where the blocks of a cluster split k, and where they do not."""
     w, _ = random_weight("q6_k", 512, 300, 0)
-    x, _ = random_x((300, 512), "float16", 0)
-    first = product(emulated, x, w)
-    for multiprocessors in (1, 2, 8):
-        with emulated.device(*hopper(multiprocessors)):
-            assert np.array_equal(product(emulated, x, w), first)
+    x, _ = random_x((m, 512), "float16", 0)
+    assert np.array_equal(product(emulated, x, w), product(emulated, x, w))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -151,6 +158,35 @@ def test_epilogue(emulated, m, n, aligned, gated, activation):
         residual[...] = rng.standard_normal(residual.shape)
         got = product(emulated, x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
         assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("n", [8, 72, 296, 520, 524, 61])
+def test_16_bit_results_are_rounded_once(emulated, n, dtype):
+    """Rows of the identity give each weight alone, so that every operation of the epilogue is known to the bit."""
+    rng = np.random.default_rng(n)
+    k, out_type = 256, jnp.dtype(dtype)
+    w, dense = random_weight("mxfp4", k, n, 0, batch=2)
+    weights = dense.astype(np.float32)
+    assert np.array_equal(weights.astype(out_type), dense)  # as operands, and as sums
+    residual_types = [None, *TYPES, "float32"]
+    choices = set()
+    for case, (m, multiprocessors) in enumerate(((33, 4), (40, 1), (65, 4), (140, 4), (257, 1), (300, 4))):
+        x = np.zeros((2, m, k), out_type)
+        x[:, np.arange(m), np.arange(m) % k] = 1
+        scale = np.asarray([0.3, 0.7], np.float32)
+        for i, residual_type in enumerate(residual_types):
+            bias = rng.standard_normal((2, n)).astype([*TYPES, "float32"][(case + i) % 3])
+            expected = weights[:, np.arange(m) % k] * scale[:, None, None] + bias.astype(np.float32)[:, None]
+            parts = {"scale": scale, "bias": bias}
+            if residual_type:
+                parts["residual"] = rng.standard_normal(expected.shape).astype(residual_type)
+                expected += parts["residual"].astype(np.float32)
+            with emulated.device(*hopper(multiprocessors)):
+                got = product(emulated, jnp.asarray(x), w, out_dtype=dtype, **parts)
+            assert np.array_equal(got, expected.astype(out_type)), (m, residual_type)
+        choices.add(emulated.gemm_sm90_choice(m, n, k, 4.25, multiprocessors)[0])
+    assert choices == {64, 128, 256}
 
 
 @pytest.mark.parametrize("out_dtype", ["float16", "bfloat16", "float32"])

@@ -139,7 +139,7 @@ def test_a_forced_kernel_refuses_with_every_reason(kernel, m, k, dtype, format, 
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("kernel", ["gemv", "gemm_sm80", "gemm_sm90"])
+@pytest.mark.parametrize("kernel", ["gemv", "gemv_sm90", "gemm_sm80", "gemm_sm90"])
 def test_a_forced_kernel_leaves_the_derivative_to_its_own(kernel):
     w, _ = _weight(qg.formats.get_format("q4_0"))
     loss = lambda x, w: jnp.sum(qg.matmul(x, w, kernel=kernel) ** 2)  # noqa: E731

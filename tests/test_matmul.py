@@ -38,7 +38,7 @@ def check_case(case: Case) -> None:
     out_dtype = "float32" if case.data == "offset" else case.dtype.name
     out = function(x, w, precision=case.precision, out_dtype=out_dtype)
     assert out.dtype == jnp.dtype(out_dtype)
-    check_product(out, x, dense, case.limit)
+    cases.check_case_product(case, out, x, dense)
 
 
 @pytest.mark.parametrize("case", cases.kernel_cases(), ids=str)

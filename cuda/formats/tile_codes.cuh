@@ -16,6 +16,13 @@ QG_HD int group_of(const Weight& w) {
   return F::kGroup ? F::kGroup : w.group;
 }
 
+// Whether float16 holds the scales: powers of two from 2^-127 are beyond it, as bf16 and float32 may be.
+template <class F>
+QG_HD bool scales_fit_f16(const Weight& w) {
+  if constexpr (F::kGroup == 0) return w.scale_type == ScaleType::kF16;
+  return !requires { F::kHasExponentScales; };
+}
+
 // Bits of a stored weight, per-group values included.
 template <class F>
 double stored_bits(const Weight& w) {

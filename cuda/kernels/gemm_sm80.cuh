@@ -6,7 +6,9 @@
 // CTA's warps split n and k; the split along k is reduced in shared memory, in a fixed order.
 //
 // float32 x is split into two bf16 terms (16 significant bits, better than TF32), or three (all 24) for `highest`; the
-// integers being exact in bf16, so is every product.
+// integers being exact in bf16, so is every product. Tensor cores cut off sums toward zero, and an error of one sign
+// grows with every mma of a chain: so a chain has only the terms of one k-step, the smallest first, and float32
+// additions, which round to nearest, do the rest, tile by tile.
 #pragma once
 
 #include "formats/tile_codes.cuh"
@@ -81,22 +83,22 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
       }
       if (tile < k_tiles) {
         AffinePair affine;
-        float group_sums[kTokenTiles][4], x_sums[kTokenTiles][4];
+        float tile_sums[kTokenTiles][4] = {}, chain_sums[kTokenTiles][4], x_sums[kTokenTiles][4];
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          if (step % group_steps == 0) {
-            affine = F::affine(p.w, weight_row, g, tile * 4 + step);
+          if (step % group_steps == 0) affine = F::affine(p.w, weight_row, g, tile * 4 + step);
+          if (T::kSplit || step % group_steps == 0) {
 #pragma unroll
             for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
-              for (int j = 0; j < 4; ++j) group_sums[i][j] = x_sums[i][j] = 0.0f;
+              for (int j = 0; j < 4; ++j) chain_sums[i][j] = x_sums[i][j] = 0.0f;
             }
           }
           uint32_t a[4];
           A::decode(a, codes, step, affine);
           uint32_t ones[4];
           A::ones(ones);
-          for (int term = 0; term < terms; ++term) {
+          for (int term = terms - 1; term >= 0; --term) {
 #pragma unroll
             for (int i = 0; i < kTokenTiles; i += 2) {
               // One ldmatrix gives the two halves of this k-step for two token tiles.
@@ -104,22 +106,30 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
               uint32_t b[4];
               const uint16_t* row = shared.x[term][tile_of_matrix * 8 + lane % 8];
               ptx::ldmatrix_x4(b, ptx::shared_address(row + warp_k * kTileK + step * 16 + matrix % 2 * 8));
-              mma<T>(group_sums[i], a, b[0], b[1]);
+              mma<T>(chain_sums[i], a, b[0], b[1]);
               if constexpr (F::kHasMinimum) mma<T>(x_sums[i], ones, b[0], b[1]);
-              mma<T>(group_sums[i + 1], a, b[2], b[3]);
+              mma<T>(chain_sums[i + 1], a, b[2], b[3]);
               if constexpr (F::kHasMinimum) mma<T>(x_sums[i + 1], ones, b[2], b[3]);
             }
           }
-          if ((step + 1) % group_steps == 0) {
+          if (T::kSplit || (step + 1) % group_steps == 0) {
+            auto& to = T::kSplit ? tile_sums : sums;
 #pragma unroll
             for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
                 const Affine& row = affine.row[j / 2];
-                sums[i][j] = fmaf(row.scale, group_sums[i][j], sums[i][j]);
-                if constexpr (F::kHasMinimum) sums[i][j] = fmaf(row.minimum, x_sums[i][j], sums[i][j]);
+                to[i][j] = fmaf(row.scale, chain_sums[i][j], to[i][j]);
+                if constexpr (F::kHasMinimum) to[i][j] = fmaf(row.minimum, x_sums[i][j], to[i][j]);
               }
             }
+          }
+        }
+        if constexpr (T::kSplit) {
+#pragma unroll
+          for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[i][j] += tile_sums[i][j];
           }
         }
       }

@@ -1,252 +1,341 @@
 // out = x @ w by wgmma, for many rows of x and x in f16 or bf16: the time of the tensor cores.
 //
 // The product is computed transposed, w being the A operand in registers and x the B operand in shared memory. A thread
-// block computes tiles of 128 rows of n by kTokens rows of x, one after the other. One warp has the copy engine bring x
-// into a ring of slots, over all of k; two warpgroups of 64 rows each read their weights straight from device memory
-// into registers, a few tiles of k ahead, turn them into 16-bit values and multiply. While a tile of 64 k is multiplied
-// the next is decoded, and two warpgroups keep the tensor cores busy in turn. Two thread blocks may form a cluster,
-// with neighbouring rows of n and the same rows of x: each brings half of x to both, which halves what the L2 cache
-// delivers.
+// block computes tiles of 128 or 256 rows of n by Tokens rows of x, one after the other. One warp has the copy engine
+// bring stages of x and of w into a ring of slots, over all of k; two warpgroups read their codes from there, turn them
+// into 16-bit values, 16 of k ahead of the tensor cores, and multiply.
+//
+// Thread blocks come in clusters of two. They have neighbouring rows of n and the same rows of x, of which each brings
+// half to both, so that the L2 cache delivers less; or, for the last tiles, the same tile and half of k each.
 #pragma once
 
+#include <cuda.h>
+
 #include "kernels/gemm_sm90_walk.h"
-#include "tile/lane_stage.cuh"
+#include "tile/staged_weight.cuh"
 #include "tile/store.cuh"
+#include "tile/store_transposed.cuh"
 #include "tile/tma.cuh"
 #include "tile/value_operand.cuh"
 #include "tile/wgmma.cuh"
 
 namespace jax_qgemm {
 
-template <class F, int Tokens>
+struct GemmSm90Maps {
+  CUtensorMap x, planes[kMaxPlanes];
+};
+
+// Blocks: of 64 rows of n, a warpgroup. Span: k-steps that share a scale, 1, 2 or 4.
+template <class F, int Tokens, int Blocks, int Span>
 struct GemmSm90 {
-  static constexpr int kTokens = Tokens;
-  static constexpr int kConsumers = 2;  // warpgroups of 4 row tiles
-  static constexpr int kRowTiles = 4 * kConsumers;
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kRowTiles = 4 * Blocks * kConsumers, kRows = kRowTiles * kTileN;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (65536 / kThreads & ~7) * (kConsumers + 1));
+  static constexpr int kInFlight = Blocks == 2 ? 3 : 2;  // wgmmas of a warpgroup, while the next operand is made
 
-  // Registers: as many tiles of codes as the sums leave room for, and the group values of the stages they belong to,
-  // of two at least.
-  static constexpr int kCodeTiles = Tokens == 256 ? 4 : 8;
-  static constexpr int kCodeStages = kCodeTiles / kStageTiles<F>, kGroupStages = kCodeStages < 2 ? 2 : kCodeStages;
-
-  // Shared memory, beginning with the ring of x. A slot is [tile of k][token][64].
-  static constexpr int kSlotTiles = Tokens == 256 ? 1 : 2;
-  static constexpr int kTileBytes = Tokens * kTileK * 2, kSlotBytes = kSlotTiles * kTileBytes;
-  static constexpr int kChunk = 64;      // tokens whose sums pass through shared memory at a time
+  // Shared memory, beginning with the ring. A slot holds x as [tile of k][token][64], and then w.
+  static constexpr int kTiles = Tokens == 256 || Blocks == 2 ? 1 : 2;  // of 64 k, a stage
+  using Staged = StagedWeight<F, kTiles, Span, kRowTiles>;
+  static constexpr int kTileBytes = Tokens * kTileK * 2, kXBytes = kTiles * kTileBytes;
+  static constexpr int kSlotBytes = (kXBytes + Staged::kBytes + 1023) / 1024 * 1024;
+  static constexpr int kChunk = 32;      // tokens whose sums pass through shared memory at a time
   static constexpr int kSumStride = 68;  // floats a token: lanes of a warp write to 32 banks
   static constexpr int kSumFloats = kChunk * kSumStride;
+  static_assert(kTransposedUnits * kTransposedUnitBytes <= kSumFloats);  // a warp's fourth
   static constexpr int kSumBytes = kConsumers * kSumFloats * 4, kBarrierBytes = 128;
   static constexpr int kMaxSlots = 8, kSharedBytes = 227 << 10;
   static constexpr int kFit = (kSharedBytes - kSumBytes - kBarrierBytes) / kSlotBytes;
   static constexpr int kSlots = kFit < kMaxSlots ? kFit : kMaxSlots;
   static constexpr int kSums = kSlots * kSlotBytes, kBarriers = kSums + kSumBytes, kShared = kBarriers + kBarrierBytes;
   static_assert(2 * kSlots * 8 <= kBarrierBytes);
+  // Half of a tile's sums, which go to the other thread block when two have split k, take the place of the ring.
+  static constexpr int kHalfSums = Tokens / 4;
+  static_assert(Blocks * kHalfSums * kConsumers * 128 * 4 <= kSums);
 
   // A slot of the ring, and the parity of the round that it is in.
   struct Slot {
     char* shared;
     int index = 0, parity = 0;
 
-    // Barriers: x has come; every consumer warp has read it.
+    // Barriers: x and w have come; every consumer warp has read them.
     __device__ __forceinline__ uint64_t* full() const {
       return reinterpret_cast<uint64_t*>(shared + kBarriers) + index;
     }
     __device__ __forceinline__ uint64_t* empty() const { return full() + kSlots; }
-    __device__ __forceinline__ ptx::SharedAddress tile(int i) const {
-      return ptx::shared_address(shared + index * kSlotBytes + i * kTileBytes);
+    __device__ __forceinline__ ptx::SharedAddress x(int tile) const {
+      return ptx::shared_address(shared) + (index * kSlotBytes + tile * kTileBytes);
     }
+    __device__ __forceinline__ ptx::SharedAddress w() const { return x(kTiles); }
     __device__ __forceinline__ void advance() {
       if (++index == kSlots) index = 0, parity ^= 1;
     }
   };
 };
 
-// One thread's work: x of all items of the block into the ring, in boxes of x_rows rows.
-template <class F, int Tokens>
-__device__ __forceinline__ void bring_x(const Product& p, const GemmSm90Walk& walk, const CUtensorMap* x_map,
-                                        int x_rows, typename GemmSm90<F, Tokens>::Slot slot) {
-  using S = GemmSm90<F, Tokens>;
-  const bool paired = walk.cluster == 2;
+// One thread's work: x and w of all items of the block into the ring.
+template <class F, int Tokens, int Blocks, int Span>
+__device__ __forceinline__ void bring_stages(const Product& p, const GemmSm90Walk& walk, const GemmSm90Maps& maps,
+                                             typename GemmSm90<F, Tokens, Blocks, Span>::Slot slot) {
+  using S = GemmSm90<F, Tokens, Blocks, Span>;
   const int rank = ptx::cluster_rank();
-  ptx::prefetch_map(x_map);
-  for (int item = walk.first(blockIdx.x); item < walk.items; item += walk.stride(gridDim.x)) {
-    const GemmSm90Walk::Tile tile = walk.tile(item, rank);
-    const int row = tile.batch * static_cast<int>(p.m) + tile.token_block * Tokens + rank * (Tokens / 2);
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < walk.stages * kStageTiles<F>; k_tile += S::kSlotTiles) {
+  for (int item = static_cast<int>(blockIdx.x) / 2; item < walk.items; item += static_cast<int>(gridDim.x) / 2) {
+    const GemmSm90Walk::Tile tile = walk.tile(item, rank);
+    if (walk.skipped(tile)) continue;
+    const int token = tile.batch * static_cast<int>(p.m) + tile.token_block * Tokens;
+    const int tile_row = tile.batch * walk.tile_rows + tile.row_block * S::kRowTiles;
+#pragma unroll 1
+    for (int stage = tile.first_stage; stage < tile.last_stage; ++stage) {
       ptx::barrier_wait(slot.empty(), slot.parity ^ 1);
-      ptx::barrier_expect(slot.full(), S::kSlotTiles * walk.cluster * x_rows * kTileK * 2);
+      ptx::barrier_expect(slot.full(), walk.stage_bytes);
+      for_each_plane<F>(p.w, [&]<int I>() __attribute__((always_inline)) {
+        ptx::load_box(slot.w() + S::Staged::first(I), &maps.planes[I],
+                      (stage >> walk.box_stages_log[I]) * walk.box_columns[I], tile_row, slot.full());
+      });
 #pragma unroll
-      for (int i = 0; i < S::kSlotTiles; ++i) {
-        const ptx::SharedAddress to = slot.tile(i) + rank * (S::kTileBytes / 2);
-        if (paired) {
-          ptx::load_box_for_both(to, x_map, (k_tile + i) * kTileK, row, slot.full());
+      for (int i = 0; i < S::kTiles; ++i) {
+        const int k = (stage * S::kTiles + i) * kTileK;
+        if (tile.split) {
+          ptx::load_box(slot.x(i), &maps.x, k, token, slot.full());
+          ptx::load_box(slot.x(i) + S::kTileBytes / 2, &maps.x, k, token + Tokens / 2, slot.full());
         } else {
-          ptx::load_box(to, x_map, (k_tile + i) * kTileK, row, slot.full());
+          ptx::load_box_for_both(slot.x(i) + rank * (S::kTileBytes / 2), &maps.x, k, token + rank * (Tokens / 2),
+                                 slot.full());
         }
       }
       slot.advance();
     }
   }
-  // A block whose barriers the other has still to arrive at must not end.
-  for (int i = 0; paired && i < S::kSlots; ++i) {
-    ptx::barrier_wait(slot.empty(), slot.parity ^ 1);
-    slot.advance();
+}
+
+// What the two thread blocks of a cluster have of the same tile, added: each has the sums of one half of the tokens
+// then, in the first half of its own. The ring's memory is used for it, by all threads of both.
+template <class S, int Blocks, int Sums>
+__device__ __forceinline__ void add_halves(char* shared, float (&sums)[Blocks][Sums]) {
+  constexpr int kQuads = S::kHalfSums / 4;
+  const int rank = ptx::cluster_rank();
+  auto* received = reinterpret_cast<float4*>(shared) + threadIdx.x;
+  ptx::cluster_sync();
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const float* low = &sums[b][4 * i];
+      const float* high = low + S::kHalfSums;
+      ptx::store_shared(received + (b * kQuads + i) * (128 * S::kConsumers),
+                        make_float4(rank ? low[0] : high[0], rank ? low[1] : high[1], rank ? low[2] : high[2],
+                                    rank ? low[3] : high[3]),
+                        rank ^ 1);
+    }
+  }
+  ptx::cluster_sync();
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const float4 v = received[(b * kQuads + i) * (128 * S::kConsumers)];
+      const float of_other[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& sum = sums[b][4 * i + j];
+        sum = (rank ? sums[b][S::kHalfSums + 4 * i + j] : sum) + of_other[j];
+      }
+    }
   }
 }
 
-// A warpgroup's part of a tile of the result: in pieces through shared memory, which turns it around.
-template <class F, int Tokens>
-__device__ __forceinline__ void store_tile(const Product& p, const GemmSm90Walk::Tile& tile, char* shared,
-                                           const float (&sums)[Tokens / 2]) {
-  using S = GemmSm90<F, Tokens>;
+// A warpgroup's part of a tile of the result: `chunks` times kChunk tokens from `token`. If not straight from the sums,
+// through shared memory, which turns them around.
+template <class S, class T, int Blocks, int Sums>
+__device__ __forceinline__ void store_tile(const Product& p, const GemmSm90Walk::Tile& tile, int64_t token, int chunks,
+                                           char* shared, float (&sums)[Blocks][Sums]) {
   const int warpgroup = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32 % 4;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   auto* buffer = reinterpret_cast<float*>(shared + S::kSums) + warpgroup * S::kSumFloats;
-  const int64_t row = tile.row_block * int64_t{S::kRowTiles * kTileN} + warpgroup * 64;
+  if (stores_transposed<T>(p)) {
+    const int64_t row = tile.row_block * int64_t{S::kRows} + warpgroup * (Blocks * 64) + warp * kTileN;
+    auto* of_warp = reinterpret_cast<char*>(buffer) + warp * S::kSumFloats;
+    store_transposed<T>(p, tile.batch, token, row, chunks * S::kChunk, of_warp, sums);
+    return;
+  }
+  float* to = buffer + lane % 4 * 2 * S::kSumStride + warp * kTileN + lane / 4;
 #pragma unroll 1
-  for (int chunk = 0; chunk < Tokens / S::kChunk; ++chunk) {
-    ptx::sync_named(1 + warpgroup, 128);
+  for (int block = 0; block < Blocks; ++block) {
+    const int64_t row = tile.row_block * int64_t{S::kRows} + (warpgroup * Blocks + block) * 64;
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      ptx::sync_named(1 + warpgroup, 128);
 #pragma unroll
-    for (int j = 0; j < Tokens / 8; ++j) {
-      if (j / (S::kChunk / 8) != chunk) continue;
-      float* to = buffer + (j % (S::kChunk / 8) * 8 + lane % 4 * 2) * S::kSumStride + warp * kTileN + lane / 4;
-      to[0] = sums[4 * j];
-      to[S::kSumStride] = sums[4 * j + 1];
-      to[8] = sums[4 * j + 2];
-      to[S::kSumStride + 8] = sums[4 * j + 3];
+      for (int b = 0; b < Blocks; ++b) {
+#pragma unroll
+        for (int c = 0; c < Sums / 16; ++c) {
+          if (b != block || c != chunk) continue;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float* of = &sums[b][(c * 4 + j) * 4];
+            to[j * 8 * S::kSumStride] = of[0];
+            to[(j * 8 + 1) * S::kSumStride] = of[1];
+            to[j * 8 * S::kSumStride + 8] = of[2];
+            to[(j * 8 + 1) * S::kSumStride + 8] = of[3];
+          }
+        }
+      }
+      ptx::sync_named(1 + warpgroup, 128);
+      store_block<S::kChunk, S::kSumStride>(p, tile.batch, token + chunk * S::kChunk, row, buffer);
     }
-    ptx::sync_named(1 + warpgroup, 128);
-    const int64_t token = tile.token_block * int64_t{Tokens} + chunk * S::kChunk;
-    store_block<S::kChunk, S::kSumStride>(p, tile.batch, token, row, buffer);
   }
 }
 
-// The group values of a stage as scales: of k-step `step`, even where the group size is known at run time only.
-template <class F>
-__device__ __forceinline__ AffinePair affine_of_step(const GroupRegisters<F>& groups, const Weight& w, int step) {
-  if constexpr (F::kGroup == 0) {
-    return groups.affine_of_any(w, step);
-  } else {
-    return groups.template affine<F::kGroup / 16>(w, step);
+// The sums of rows of tiles first_row, first_row + 4, ... of a weight, times the scales of their channels.
+template <class F, int Blocks, int Sums>
+__device__ __forceinline__ void scale_channels(const Weight& w, int batch_row, int first_row, int tile_rows,
+                                               float (&sums)[Blocks][Sums]) {
+#pragma unroll
+  for (int b = 0; b < Blocks; ++b) {
+    const int row = first_row + 4 * b < tile_rows ? first_row + 4 * b : tile_rows - 1;
+    const AffinePair affine = F::affine(w, batch_row + row, static_cast<int>(threadIdx.x) % 32 / 4, 0);
+#pragma unroll
+    for (int i = 0; i < Sums; ++i) sums[b][i] *= affine.row[i / 2 % 2].scale;
   }
 }
 
-template <class F, class T, int Tokens>
-__global__ void __launch_bounds__(GemmSm90<F, Tokens>::kThreads, 1)
-    gemm_sm90(const Product p, const GemmSm90Walk walk, const __grid_constant__ CUtensorMap x_map, const int x_rows) {
-  using S = GemmSm90<F, Tokens>;
-  constexpr int kTiles = kStageTiles<F>;
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+template <class F, class T, int Tokens, int Blocks, int Span>
+__global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90<F, Tokens, Blocks, Span>::kThreads, 1)
+    gemm_sm90(const Product p, const GemmSm90Walk walk, const __grid_constant__ GemmSm90Maps maps) {
+  using S = GemmSm90<F, Tokens, Blocks, Span>;
+  using Operand = ValueOperand<F, T>;
+  // Uniform: behind branches that might diverge, ptxas would not keep the ring's state in uniform registers.
+  const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128), rank = ptx::cluster_rank();
   auto* shared = static_cast<char*>(ptx::dynamic_shared());
   typename S::Slot slot = {shared};
   if (threadIdx.x == 0) {
     for (auto each = slot; each.parity == 0; each.advance()) {
       ptx::barrier_init(each.full(), 1);
-      ptx::barrier_init(each.empty(), 4 * S::kConsumers * walk.cluster);
+      ptx::barrier_init(each.empty(), 2 * 4 * S::kConsumers);
     }
     ptx::barrier_init_fence();
+  } else if (threadIdx.x == 128 * S::kConsumers) {
+    ptx::prefetch_map(&maps.x);
+    for_each_plane<F>(p.w, [&]<int I>() __attribute__((always_inline)) { ptx::prefetch_map(&maps.planes[I]); });
   }
   __syncthreads();
-  if (walk.cluster == 2) {
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
-  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
 
   if (warpgroup == S::kConsumers) {
     ptx::lower_registers<S::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) bring_x<F, Tokens>(p, walk, &x_map, x_rows, slot);
+    if (threadIdx.x % 128 == 0) bring_stages<F, Tokens, Blocks, Span>(p, walk, maps, slot);
+    __syncwarp();
+    if (walk.ends_split(static_cast<int>(blockIdx.x) / 2, static_cast<int>(gridDim.x) / 2)) {  // see add_halves()
+      ptx::cluster_sync();
+      ptx::cluster_sync();
+    }
   } else {
     ptx::raise_registers<S::kConsumerRegisters>();
-    const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int row = warpgroup * (4 * Blocks) + static_cast<int>(threadIdx.x) / 32 % 4;  // of tiles, in the block
+    constexpr int kSteps = 4 * Blocks, kBuffers = 4;
+    using Staged = typename S::Staged;
 
-    // The weights: rings of codes and group values in registers, refilled as soon as a tile or stage has been
-    // multiplied. `ahead` is the stage to load next. Stages are counted up to a whole number of rounds of the rings, so
-    // that an output tile begins at their beginning.
-    LaneCodes<F> codes[S::kCodeTiles];
-    GroupRegisters<F> groups[S::kGroupStages];
-    struct Position {
-      int item, stage;
-      LaneRow<F> row;
+    // A tile of 64 k is kSteps steps, of 16 k for each block of rows in turn. While up to kInFlight wgmmas run, the
+    // operand of the next step is made, out of the codes of this tile or, at its end, of the next one, which have been
+    // read some steps ago.
+    Staged staged[Blocks];
+#pragma unroll
+    for (int b = 0; b < Blocks; ++b) staged[b] = Staged(p.w, row + 4 * b, lane);
+    struct Codes {
+      typename Staged::Tile of[Blocks];
+    } codes, next;
+    typename Operand::Group group[Blocks];
+    uint32_t a[kBuffers][4];
+    const auto read = [&](Codes& out, typename S::Slot from, int i, int stage) __attribute__((always_inline)) {
+#pragma unroll
+      for (int b = 0; b < Blocks; ++b) staged[b].load(out.of[b], from.w(), i, stage * S::kTiles + i);
     };
-    const auto at_item = [&](int item) -> Position {
-      const GemmSm90Walk::Tile tile = walk.tile(item < walk.items ? item : walk.first(blockIdx.x), ptx::cluster_rank());
-      const int row = tile.row_block * S::kRowTiles + warpgroup * 4 + warp;
-      return {item, 0,
-              LaneRow<F>(p.w, tile.batch * walk.tile_rows + (row < walk.tile_rows ? row : walk.tile_rows - 1),
-                         walk.k_tiles, walk.k_blocks, lane)};
-    };
-    Position ahead = at_item(walk.first(blockIdx.x));
-    // Tile `tile` of the stage that takes the place in the ring of codes of stage `round`.
-    const auto fetch = [&](int round, int tile) __attribute__((always_inline)) {
-      constexpr bool kInPlace = S::kGroupStages == S::kCodeStages;
-      if (ahead.stage < walk.stages && ahead.item < walk.items) {
-        ahead.row.load_codes(codes[(round * kTiles + tile) % S::kCodeTiles], p.w, walk.k_tiles, ahead.stage, tile,
-                             lane);
-        if (tile == (kInPlace ? kTiles - 1 : 0)) {
-          ahead.row.load_groups(groups[(round + (kInPlace ? 0 : 1)) % S::kGroupStages], p.w, walk.k_blocks,
-                                ahead.stage);
+    const auto decode = [&](int step) __attribute__((always_inline)) {
+      const int b = step % Blocks, k_step = step / Blocks;
+      if (k_step % Span == 0) {
+        AffinePair affine = codes.of[b].affine(p.w, k_step);
+        if constexpr (F::kGroup == 0) {
+          // A channel's scale is applied to its sums: the integers are exact.
+          if (p.w.group == 0) affine.row[0].scale = affine.row[1].scale = 1.0f;
         }
+        group[b] = Operand::prepare(affine);
       }
-      if (tile == kTiles - 1 && ++ahead.stage == walk.whole_stages) {
-        ahead = at_item(ahead.item + walk.stride(gridDim.x));
-      }
-    };
-#pragma unroll
-    for (int round = S::kGroupStages - S::kCodeStages; round < S::kGroupStages; ++round) {
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) fetch(round, tile);
-    }
-
-    uint32_t a[2][4][4];  // of a tile of 64 k: in use, and next
-    const auto decode = [&](int round, int tile) __attribute__((always_inline)) {
-      constexpr int kSpan = F::kGroup == 16 ? 1 : F::kGroup == 0 || F::kGroup == 32 ? 2 : 4;  // steps of one scale
-      AffinePair affine;
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        if (step % kSpan == 0) affine = affine_of_step(groups[round % S::kGroupStages], p.w, tile * 4 + step);
-        ValueOperand<F, T>::decode(a[tile % 2][step], codes[(round * kTiles + tile) % S::kCodeTiles], step, affine);
-      }
+      Operand::decode(a[step % kBuffers], codes.of[b].codes, k_step, group[b]);
     };
 
-    for (int item = walk.first(blockIdx.x); item < walk.items; item += walk.stride(gridDim.x)) {
-      float sums[Tokens / 2] = {};
-      decode(0, 0);
-      for (int first = 0; first < walk.whole_stages; first += S::kGroupStages) {
+    for (int item = static_cast<int>(blockIdx.x) / 2; item < walk.items; item += static_cast<int>(gridDim.x) / 2) {
+      const GemmSm90Walk::Tile tile = walk.tile(item, rank);
+      if (walk.skipped(tile)) continue;
+      float sums[Blocks][Tokens / 2] = {};
+      // A slot is free when both blocks have read it; of a split k, where the other has its own, by two arrivals here.
+      const ptx::ClusterAddress empty =
+          ptx::cluster_address(typename S::Slot{shared}.empty(), tile.split ? rank : lane % 2);
+      const auto release = [&](int index, bool on) __attribute__((always_inline)) {
+        __syncwarp();
+        ptx::barrier_arrive_if(on && lane < 2, empty, index);
+      };
+      int before = 0;
+      ptx::barrier_wait(slot.full(), slot.parity);
+      read(codes, slot, 0, tile.first_stage);
+      decode(0);
+      for (int stage = tile.first_stage; stage < tile.last_stage; ++stage) {
+        const typename S::Slot now = slot;
+        slot.advance();
 #pragma unroll
-        for (int round = 0; round < S::kGroupStages; ++round) {
-          const bool exists = first + round < walk.stages;
+        for (int i = 0; i < S::kTiles; ++i) {
+          const uint64_t x = swizzled_operand(now.x(i));
 #pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            // Between the first wgmma and the wait there must be no branch, or ptxas runs them one by one.
-            if (exists) {
-              if (tile % S::kSlotTiles == 0) ptx::barrier_wait(slot.full(), slot.parity);
-              const uint64_t x = swizzled_operand(slot.tile(tile % S::kSlotTiles));
-              ptx::wgmma_fence();
-#pragma unroll
-              for (int step = 0; step < 4; ++step) wgmma<T>(sums, a[tile % 2][step], x + step * 2);
-              ptx::wgmma_commit();
-              if (tile + 1 < kTiles) {
-                decode(round, tile + 1);
+          for (int step = 0; step < kSteps; ++step) {
+            ptx::wgmma_fence();
+            wgmma<T>(sums[step % Blocks], a[step % kBuffers], operand_of_step(x, step / Blocks));
+            ptx::wgmma_commit();
+            ptx::wgmma_wait_but<S::kInFlight>();
+            if (i == 0 && step == S::kInFlight - 1) release(before, stage != tile.first_stage);
+            if (step == kSteps - 1 - S::kInFlight) {
+              if (i + 1 < S::kTiles) {
+                read(next, now, i + 1, stage);
               } else {
-                decode(round + 1, 0);
-              }
-              ptx::wgmma_wait(sums);
-              if (tile % S::kSlotTiles == S::kSlotTiles - 1) {
-                if (lane < walk.cluster) ptx::barrier_arrive(slot.empty(), lane);
-                slot.advance();
+                // Behind the last stage, anything.
+                if (stage + 1 < tile.last_stage) ptx::barrier_wait(slot.full(), slot.parity);
+                read(next, slot, 0, stage + 1);
               }
             }
-            fetch(round, tile);
+            if (step == kSteps - 1) codes = next;
+            decode((step + 1) % kSteps);
           }
         }
+        before = now.index;
       }
+#pragma unroll
+      for (int b = 0; b < Blocks; ++b) ptx::wgmma_wait(sums[b]);
+      release(before, true);
 
-      store_tile<F, Tokens>(p, walk.tile(item, ptx::cluster_rank()), shared, sums);
+      if constexpr (F::kGroup == 0) {
+        if (p.w.group == 0)
+          scale_channels<F>(p.w, tile.batch * walk.tile_rows, tile.row_block * S::kRowTiles + row, walk.tile_rows,
+                            sums);
+      }
+      int64_t token = tile.token_block * int64_t{Tokens};
+      if (tile.split) {
+        add_halves<S>(shared, sums);
+        token += rank * (Tokens / 2);
+      }
+      // Of the first tile, one warpgroup stores after the other. From then on they are apart by as much, so that one
+      // has the tensor cores while the other stores.
+      const bool first = item < static_cast<int>(gridDim.x) / 2 && item + static_cast<int>(gridDim.x) / 2 < walk.items;
+      constexpr int kBarrier = 1 + S::kConsumers;  // of those that store_tile() does not use
+      if (first && warpgroup == 1) ptx::sync_named(kBarrier, 128 * S::kConsumers);
+      store_tile<S, T>(p, tile, token, Tokens / S::kChunk / (tile.split ? 2 : 1), shared, sums);
+      if (first && warpgroup == 0) ptx::sync_named(kBarrier, 128 * S::kConsumers);
     }
   }
+  // No block may end while the other can still write to it or arrive at its barriers.
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
 }
 
 }  // namespace jax_qgemm

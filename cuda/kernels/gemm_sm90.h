@@ -7,8 +7,8 @@ typedef struct CUstream_st* cudaStream_t;
 
 namespace jax_qgemm {
 
-// What keeps gemm_sm90 from the product, what went wrong, or nullptr.
+// What went wrong, or nullptr. Where the kernel does not serve the product, *refusal says why, and nothing is launched.
 template <class F>
-const char* launch_gemm_sm90(const Product& p, cudaStream_t stream);
+const char* launch_gemm_sm90(const Product& p, cudaStream_t stream, const char** refusal);
 
 }  // namespace jax_qgemm

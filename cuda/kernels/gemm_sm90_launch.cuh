@@ -1,14 +1,12 @@
 // From a Product to gemm_sm90.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <limits>
 
 #include "kernels/gemm_sm90.cuh"
 #include "kernels/gemm_sm90.h"
-#include "kernels/grid.cuh"
+#include "kernels/gemm_sm90_config.cuh"
 #include "tile/tensor_map.cuh"
 
 namespace jax_qgemm {
@@ -21,91 +19,100 @@ const char* gemm_sm90_refusal(const Product& p, const DeviceLimits& limits) {
   if (p.x_type == Scalar::kF32) return "kernel gemm_sm90 does not serve float32 x";
   if (p.k % 8 != 0 || p.k == 0) return "kernel gemm_sm90 needs a k that is a multiple of 8";
   if (reinterpret_cast<uintptr_t>(p.x) % 16 != 0) return "kernel gemm_sm90 needs x aligned to 16 bytes";
-  if (!fits_group_registers<F>(p.w)) return "kernel gemm_sm90 does not serve integer groups of 16 or float32 scales";
-  // The kernel counts rows of x, pairs of rows of w and a lane's vectors of codes in 32 bits.
-  if (p.batch * p.m > kMax - 256 || p.batch * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / 16) * 8 > kMax) {
+  if (F::kGroup == 0 && (p.w.group == 16 || p.w.scale_type == ScaleType::kF32)) {
+    return "kernel gemm_sm90 does not serve integer groups of 16 or float32 scales";
+  }
+  // The kernel counts rows of x, rows of tiles of w and columns of both in 32 bits.
+  if (p.batch * p.m > kMax - 256 || p.batch * p.tile_rows() > kMax - 32 || p.k > kMax - 256) {
     return "kernel gemm_sm90 does not serve this product: it is more than it can count";
   }
   return nullptr;
 }
 
-// How the result is divided: rows of x of a tile, and thread blocks of a cluster.
-struct GemmSm90Config {
-  int tokens, cluster;
-};
-
-// Estimated cycles of a product: those of 64 k of a tile, times the tiles that the busiest multiprocessor computes.
-inline double gemm_sm90_cycles(const Product& p, double bits, const GemmSm90Config& c, int multiprocessors) {
-  constexpr double kL2Bytes = 28;  // a cycle and multiprocessor
-  constexpr double kDecode = 400;  // of the weights
-  constexpr int kRows = 128;
-  const double tensor_cores = 4.0 * c.tokens + 80;  // eight wgmmas, each with a few cycles of its own
-  const double l2 = (c.tokens * kTileK * 2.0 / c.cluster + kRows * kTileK * bits / 8) / kL2Bytes;
-  const int64_t tiles = p.batch * divide_up(p.m, c.tokens) * divide_up(p.tile_rows(), kRows / kTileN * c.cluster);
-  return static_cast<double>(divide_up(tiles, multiprocessors / c.cluster)) * std::max({tensor_cores, l2, kDecode});
-}
-
-inline GemmSm90Config choose_gemm_sm90(const Product& p, double bits, int multiprocessors) {
-  constexpr GemmSm90Config kConfigs[] = {{64, 1}, {128, 1}, {128, 2}, {256, 1}, {256, 2}};
-  return *std::min_element(std::begin(kConfigs), std::end(kConfigs), [&](const auto& a, const auto& b) {
-    const auto cycles = [&](const auto& c) {
-      return c.cluster <= multiprocessors ? gemm_sm90_cycles(p, bits, c, multiprocessors)
-                                          : std::numeric_limits<double>::infinity();
-    };
-    return cycles(a) < cycles(b);
-  });
-}
-
-template <class S, class F>
-GemmSm90Walk gemm_sm90_walk(const Product& p, int cluster, double bits, int multiprocessors) {
+template <class F, class S>
+GemmSm90Walk gemm_sm90_walk(const Product& p, const GemmSm90Shape& shape, const GemmSm90Split& split, int clusters) {
   GemmSm90Walk walk = {};
-  walk.cluster = cluster;
-  walk.tile_rows = static_cast<int>(p.tile_rows());
-  walk.k_blocks = static_cast<int>(p.w.k_blocks);
-  walk.k_tiles = static_cast<int>(p.w.k_blocks * (k_block_of<F>(p.w) / kTileK));
-  walk.stages = static_cast<int>(divide_up(p.k, kStageOf<F>));
-  walk.whole_stages = static_cast<int>(divide_up(walk.stages, S::kGroupStages)) * S::kGroupStages;
-  walk.row_blocks = static_cast<int>(divide_up(walk.tile_rows, S::kRowTiles * cluster));
-  walk.token_blocks = static_cast<int>(divide_up(p.m, S::kTokens));
-  // One turn of the grid reads `group` blocks of x and multiprocessors / group blocks of rows: the sum is smallest
+  walk.stages = static_cast<int>(divide_up(p.k, S::kTiles * kTileK));
+  walk.row_blocks = static_cast<int>(split.row_blocks);
+  walk.token_blocks = static_cast<int>(split.token_blocks);
+  walk.pairs_per_batch = static_cast<int>(split.pairs_per_batch);
+  walk.whole = static_cast<int>(split.whole);
+  walk.items = static_cast<int>(split.items);
+  walk.tile_rows = static_cast<int>(shape.tile_rows);
+  // One turn of the grid reads `group` blocks of x and clusters / group pairs of blocks of rows: the sum is smallest
   // where both are equal.
-  const double rows_bytes = multiprocessors * S::kRowTiles * kTileN * bits / 8, x_bytes = S::kTokens * 2;
+  const double rows_bytes = clusters * 2 * S::kRows * shape.bits / 8, x_bytes = S::kTileBytes / kTileK;
   walk.group = std::clamp(static_cast<int>(std::lround(std::sqrt(rows_bytes / x_bytes))), 1, walk.token_blocks);
-  walk.items_per_batch = walk.row_blocks * walk.token_blocks;
-  walk.items = static_cast<int>(p.batch) * walk.items_per_batch;
+  walk.stage_bytes = S::kXBytes;
+  for (int i = 0; i < kPlaneCount<F>; ++i) {
+    const PlaneBlock block = plane_block<F>(i, p.w.group);
+    walk.box_columns[i] = block.box_bytes(S::kTiles) / 8;
+    for (int tiles = S::kTiles; tiles < block.tiles; tiles *= 2) ++walk.box_stages_log[i];
+    if (p.w.has_plane(i)) walk.stage_bytes += S::kRowTiles * walk.box_columns[i] * 8;
+  }
   return walk;
 }
 
-template <class F, class T, int Tokens>
-const char* launch_gemm_sm90_tile(const Product& p, int cluster, const DeviceLimits& limits, cudaStream_t stream) {
-  using S = GemmSm90<F, Tokens>;
-  const GemmSm90Walk walk = gemm_sm90_walk<S, F>(p, cluster, stored_bits<F>(p.w), limits.multiprocessors);
-  // Each block of a pair brings half of the rows. Alone, it reads no more rows than there are.
-  const int x_rows = cluster == 2 ? Tokens / 2 : static_cast<int>(std::min<int64_t>(p.batch * p.m, Tokens));
-  CUtensorMap x_map;
-  if (const char* problem = encode_rows(&x_map, p.x, p.x_type, p.batch * p.m, p.k, x_rows)) return problem;
-  if (const cudaError_t error = allow_shared<gemm_sm90<F, T, Tokens>>(S::kShared, limits); error != cudaSuccess) {
+// Describes x and the planes of w to the copy engine. Returns what went wrong, or nullptr.
+template <class F, class S>
+const char* encode_maps(GemmSm90Maps* maps, const Product& p, const GemmSm90Walk& walk) {
+  // Each thread block of a pair brings half of the rows.
+  const char* problem = encode_rows(&maps->x, p.x, p.x_type, p.batch * p.m, p.k, S::kTileBytes / (kTileK * 2) / 2);
+  for (int i = 0; i < kPlaneCount<F> && !problem; ++i) {
+    if (!p.w.has_plane(i)) continue;
+    const PlaneBlock block = plane_block<F>(i, p.w.group);
+    const bool per_channel = F::kGroup == 0 && p.w.group == 0 && i >= kCodePlanes<F>;
+    const int64_t blocks = per_channel ? 1 : p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) / block.tiles;
+    problem = encode_bytes(&maps->planes[i], p.w.planes[i], p.batch * walk.tile_rows, blocks * block.bytes,
+                           S::kRowTiles, walk.box_columns[i] * 8);
+  }
+  return problem;
+}
+
+template <class F, class T, int Tokens, int Blocks, int Span>
+const char* launch_gemm_sm90_span(const Product& p, const GemmSm90Shape& shape, const DeviceLimits& limits,
+                                  int clusters, cudaStream_t stream) {
+  using S = GemmSm90<F, Tokens, Blocks, Span>;
+  constexpr auto kKernel = gemm_sm90<F, T, Tokens, Blocks, Span>;
+  const GemmSm90Split split(shape, {Tokens, Blocks}, clusters);
+  const GemmSm90Walk walk = gemm_sm90_walk<F, S>(p, shape, split, clusters);
+  GemmSm90Maps maps;
+  if (const char* problem = encode_maps<F, S>(&maps, p, walk)) return problem;
+  if (const cudaError_t error = allow_shared<kKernel>(S::kShared, limits); error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
-  const int clusters = std::min(walk.items, limits.multiprocessors / cluster);
-  return launch(gemm_sm90<F, T, Tokens>, {clusters * cluster, 1, S::kThreads, S::kShared, cluster}, stream, p, walk,
-                x_map, x_rows);
+  return launch(kKernel, {2 * std::min(walk.items, clusters), 1, S::kThreads, S::kShared, 2}, stream, p, walk, maps);
+}
+
+template <class F, class T, int Tokens, int Blocks>
+const char* launch_gemm_sm90_tile(const Product& p, const GemmSm90Shape& shape, const DeviceLimits& limits,
+                                  int clusters, cudaStream_t stream) {
+  if constexpr (F::kGroup == 0) {
+    return p.w.group == 32 ? launch_gemm_sm90_span<F, T, Tokens, Blocks, 2>(p, shape, limits, clusters, stream)
+                           : launch_gemm_sm90_span<F, T, Tokens, Blocks, 4>(p, shape, limits, clusters, stream);
+  } else {
+    return launch_gemm_sm90_span<F, T, Tokens, Blocks, F::kGroup / 16>(p, shape, limits, clusters, stream);
+  }
 }
 
 template <class F, class T>
 const char* launch_gemm_sm90_type(const Product& p, const DeviceLimits& limits, cudaStream_t stream) {
-  const GemmSm90Config config = choose_gemm_sm90(p, stored_bits<F>(p.w), limits.multiprocessors);
-  const auto launch_tile = config.tokens == 64    ? launch_gemm_sm90_tile<F, T, 64>
-                           : config.tokens == 128 ? launch_gemm_sm90_tile<F, T, 128>
-                                                  : launch_gemm_sm90_tile<F, T, 256>;
-  return launch_tile(p, config.cluster, limits, stream);
+  const GemmSm90Shape shape = {p.m, p.tile_rows(), p.k, p.batch, stored_bits<F>(p.w)};
+  const int clusters = std::max(1, limits.multiprocessors / 2);
+  const GemmSm90Config config = choose_gemm_sm90(shape, clusters);
+  const auto launch_tile = config.blocks == 2     ? launch_gemm_sm90_tile<F, T, 128, 2>
+                           : config.tokens == 64  ? launch_gemm_sm90_tile<F, T, 64, 1>
+                           : config.tokens == 128 ? launch_gemm_sm90_tile<F, T, 128, 1>
+                                                  : launch_gemm_sm90_tile<F, T, 256, 1>;
+  return launch_tile(p, shape, limits, clusters, stream);
 }
 
 template <class F>
-const char* launch_gemm_sm90(const Product& p, cudaStream_t stream) {
+const char* launch_gemm_sm90(const Product& p, cudaStream_t stream, const char** refusal) {
   DeviceLimits limits;
   if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return cudaGetErrorString(error);
-  if (const char* refusal = gemm_sm90_refusal<F>(p, limits)) return refusal;
+  *refusal = gemm_sm90_refusal<F>(p, limits);
+  if (*refusal) return nullptr;
   return p.x_type == Scalar::kF16 ? launch_gemm_sm90_type<F, MmaF16>(p, limits, stream)
                                   : launch_gemm_sm90_type<F, MmaBF16>(p, limits, stream);
 }

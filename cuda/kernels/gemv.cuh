@@ -1,17 +1,19 @@
-// out = x @ w for few rows of x: the time to read the weights.
+// out = x @ w for up to 8 rows of 16-bit x: the time to read the weights.
 //
-// A thread block, or two of them that split k, takes some rows of n at a time; its warps split those rows and k. Every
-// warp keeps the codes and the per-group values of its next two stages of k in registers, loaded as widely as the
-// layout allows, and crosses from one block of rows to the next without a pause. x passes through a ring in shared
-// memory, and stays there if it fits. As in gemm_sm80 the product is computed transposed, w being the A operand of
-// mma.sync, and each group's sums are multiplied by its scale in float32.
+// A thread block, or two of them that split k, takes some rows of n at a time; its warps split those rows and k. What
+// counts is that enough of the weights are under way, at all times. So every warp copies the codes and the per-group
+// values of its next stages of k into a ring of its own in shared memory, and crosses from one block of rows to the
+// next without a pause. (In registers they would wait for one another: a warp has six scoreboards, and ptxas gives all
+// loads of a loop the same one.) x stays in shared memory too, and beside it the sums of x over each group: a zero
+// point or a minimum costs little in the inner loop. As in gemm_sm80 the product is computed transposed, w being the A
+// operand of mma.sync, and each group's sums are multiplied by its scale in float32.
 #pragma once
 
 #include "formats/tile_codes.cuh"
 #include "kernels/product.h"
 #include "tile/a_operand.cuh"
 #include "tile/cluster_sum.cuh"
-#include "tile/lane_stage.cuh"
+#include "tile/stage_copier.cuh"
 #include "tile/store.cuh"
 #include "tile/x_ring.cuh"
 
@@ -21,33 +23,34 @@ struct GemvConfig {
   int row_tiles;  // of 16, a thread block
   int slices;     // of k, a thread block
   int cluster;    // thread blocks that split k: 1 or 2
-  int slots;      // of the ring of x
-  int terms;      // bf16 terms of x
 
   QG_HD int threads() const { return 32 * row_tiles * slices; }
 };
 
-// Warps of a thread block: as many as leave a thread the registers for two stages of this format and the sums.
-template <class F, int TokenTiles>
-constexpr int kGemvMaxWarps = TokenTiles == 8                                           ? 12
-                              : TokenTiles > 1 || kStageOf<F> > 128 || F::kLowBits == 8 ? 16
-                                                                                        : 20;
+// Of a thread block: 80 registers a thread, or 96 for what comes in stages of 256.
+template <class F>
+constexpr int kGemvMaxWarps = kStageOf<F> > 128 ? 20 : 24;
+
+// Stages of a warp under way: about 4 KB.
+template <class F>
+constexpr int kGemvDepth = std::clamp(32 / ((F::kLowBits + F::kHighBits) * kStageTiles<F>), 2, 4);
 
 // What follows from a product and a split of it. The host computes it, so that the kernel finds it all in constant
 // memory.
 struct GemvSizes {
-  int tokens, tile_rows, row_blocks;    // row_blocks: of row_tiles each
-  int k_tiles, k_blocks;                // of a row of tiles, as stored
-  int stages, stages_per_block;         // in all; of a block of a cluster
-  int steps, even_steps;                // of one stage a slice; rounded up
-  int x_rows, chunk_bytes, slot_bytes;  // of x in shared memory: rows, 64 elements of all rows, one step
-  // How shared memory is divided: barriers, the ring of x, two (for few rows) or one buffer of partial sums, what the
+  int tokens, tile_rows, row_blocks;  // row_blocks: of row_tiles each
+  int k_tiles, k_blocks;              // of a row of tiles, as stored
+  int stages, stages_per_block;       // in all; of a block of a cluster
+  int steps;                          // of one stage a slice
+  int chunk_bytes;                    // of x in shared memory: 64 elements of all rows
+  int stage_bytes, ring_bytes;        // of a stage of the weights of a warp, of all under way
+  // How shared memory is divided: barriers, x, sums of x, rings of the warps, two buffers of partial sums, what the
   // other block of a cluster sends.
-  int x, partial, received, total;
-  uint32_t inverse_tokens;
+  int x, x_sums, rings, partial, received, total;
+  int inverse_tokens, inverse_tiles;  // i / tokens is i * inverse_tokens >> 20
 
-  GemvSizes(int64_t m, int64_t tile_rows, int64_t k_blocks, int64_t k_block, int64_t k, int stage_k, int token_tiles,
-            const GemvConfig& c)
+  GemvSizes(int64_t m, int64_t tile_rows, int64_t k_blocks, int64_t k_block, int64_t k, int stage_k, int stage_bytes,
+            int depth, int group_steps, const GemvConfig& c)
       : tokens(static_cast<int>(m)),
         tile_rows(static_cast<int>(tile_rows)),
         row_blocks((this->tile_rows + c.row_tiles - 1) / c.row_tiles),
@@ -56,158 +59,100 @@ struct GemvSizes {
         stages(static_cast<int>((k + stage_k - 1) / stage_k)),
         stages_per_block((stages + c.cluster - 1) / c.cluster),
         steps((stages_per_block + c.slices - 1) / c.slices),
-        even_steps((steps + 1) / 2 * 2),
-        x_rows(token_tiles == 1 ? tokens : 8 * token_tiles),
-        chunk_bytes(x_rows * 128),
-        slot_bytes(c.terms * c.slices * (stage_k / 64) * chunk_bytes),
+        chunk_bytes(tokens * 128),
+        stage_bytes(stage_bytes),
+        ring_bytes(stage_bytes * depth),
         x(128),
-        partial(x + (c.slots < steps ? c.slots : steps) * slot_bytes),
-        received(partial + (token_tiles == 1 ? 2 : 1) * c.slices * c.row_tiles * token_tiles * 512),
+        x_sums(x + stages_per_block * (stage_k / 64) * chunk_bytes),
+        rings(x_sums + (stages_per_block * (stage_k / 16 / group_steps) * 32 + 127) / 128 * 128),
+        partial(rings + c.slices * c.row_tiles * ring_bytes),
+        received(partial + 2 * c.slices * c.row_tiles * 512),
         total(received + (c.cluster == 2 ? 2 * c.row_tiles * 8 * tokens * 4 : 0)),
-        inverse_tokens(x_ring_inverse(tokens)) {}
+        inverse_tokens(static_cast<int>(x_ring_inverse(tokens))),
+        inverse_tiles(static_cast<int>(x_ring_inverse(c.row_tiles))) {}
 };
 
-// Adds the product of one stage to the sums, which are in the units of AOperand. x: the lane's address for ldmatrix in
-// chunk 0 of the stage, for k-steps 0 and 1. GroupSteps k-steps share a scale; 0: as many as the group size says, two
-// or more, and the sums are scaled after every two.
-template <class F, class T, int TokenTiles, int GroupSteps>
-__device__ __forceinline__ void multiply_stage(float (&sums)[TokenTiles][4], const Weight& weight,
-                                               const LaneStage<F>& w, ptx::SharedAddress x, int chunk_bytes,
-                                               int term_bytes, int terms) {
-  using A = AOperand<F, T, true>;
-  constexpr int kSteps = kStageOf<F> / 16;
-  constexpr int kPerPair = GroupSteps == 1 ? 2 : 1;  // groups in two k-steps, the span of an ldmatrix
-  constexpr int kSumSteps = GroupSteps == 0 ? 2 : GroupSteps;
-  AffinePair affine[kPerPair];
-  uint32_t ones[4];
-  A::ones(ones);
-  float group_sums[TokenTiles][kPerPair][4], x_sums[TokenTiles][kPerPair][4];
-#pragma unroll
-  for (int step = 0; step < kSteps; step += 2) {
-    const bool is_first = step % kSumSteps == 0, is_last = (step + 2) % kSumSteps == 0 || kSumSteps == 1;
-    if (is_first) {
-#pragma unroll
-      for (int i = 0; i < kPerPair; ++i) {
-        if constexpr (GroupSteps == 0) {
-          affine[i] = w.groups.affine_of_any(weight, step);
-        } else {
-          affine[i] = w.groups.template affine<GroupSteps>(weight, step + i);
-        }
-      }
-    }
-    uint32_t a[2][4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) A::decode(a[i], w.codes[step / 4], (step + i) % 4, affine[i % kPerPair]);
-#pragma unroll
-    for (int tile = 0; tile < TokenTiles; ++tile) {
-      if (is_first) {
-#pragma unroll
-        for (int i = 0; i < kPerPair; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) group_sums[tile][i][j] = x_sums[tile][i][j] = 0.0f;
-        }
-      }
-      for (int term = 0; term < (T::kSplit ? terms : 1); ++term) {
-        uint32_t b[4];
-        ptx::ldmatrix_x4(
-            b, (step % 4 ? ptx::toggle(x, 64) : x) + (step / 4 * chunk_bytes + tile * 1024 + term * term_bytes));
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          mma<T>(group_sums[tile][i % kPerPair], a[i], b[2 * i], b[2 * i + 1]);
-          if constexpr (F::kHasMinimum) mma<T>(x_sums[tile][i % kPerPair], ones, b[2 * i], b[2 * i + 1]);
-        }
-      }
-      if (is_last) {
-#pragma unroll
-        for (int i = 0; i < kPerPair; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const Affine& row = affine[i].row[j / 2];
-            sums[tile][j] = fmaf(row.scale, group_sums[tile][i][j], sums[tile][j]);
-            if constexpr (F::kHasMinimum) sums[tile][j] = fmaf(row.minimum, x_sums[tile][i][j], sums[tile][j]);
-          }
-        }
-      }
-    }
-  }
-}
-
-// The same for up to 8 rows of 16-bit x, where the latency of dependent instructions counts: four pairs of k-steps at a
-// time, or two where there are more sums, with sums of their own.
+// The sums of x over each group of a stage, of columns 2 * (lane % 4) and the next, in the units of the sums of rows g.
 template <class F, class T, int GroupSteps>
-__device__ __forceinline__ void multiply_stage_of_few(float (&sums)[4], const Weight& weight, const LaneStage<F>& w,
-                                                      ptx::SharedAddress x, int chunk_bytes) {
+__device__ __forceinline__ void sum_groups(float2* out, ptx::SharedAddress x, int chunk_bytes, int lane) {
+  constexpr uint32_t kOnes[4] = {T::kOne, T::kOne, T::kOne, T::kOne};
+  constexpr float kUnit = 1.0f / AOperand<F, T, false>::kUnit;
+  float sums[GroupSteps == 1 ? 2 : 1][4] = {};
+#pragma unroll
+  for (int step = 0; step < kStageOf<F> / 16; step += 2) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4(b, (step % 4 ? ptx::toggle(x, 64) : x) + step / 4 * chunk_bytes);
+    mma<T>(sums[0], kOnes, b[0], b[1]);
+    mma<T>(sums[GroupSteps == 1], kOnes, b[2], b[3]);
+    if ((step + 2) % GroupSteps != 0) continue;
+#pragma unroll
+    for (float (&of)[4] : sums) {
+      if (lane < 4) *out = float2{of[0] * kUnit, of[1] * kUnit};
+      out += 4;
+      of[0] = of[1] = of[2] = of[3] = 0.0f;
+    }
+  }
+}
+
+// Adds the product of one stage to the sums, which are in the units of AOperand. x: the lane's address for ldmatrix in
+// chunk 0 of the stage, for k-steps 0 and 1; x_sums: of the stage's first group. GroupSteps k-steps share a scale.
+template <class F, class T, int GroupSteps>
+__device__ __forceinline__ void multiply_few(float (&sums)[4], const Weight& weight, const LaneStage<F>& w,
+                                             ptx::SharedAddress x, int chunk_bytes, const float2* x_sums) {
   using A = AOperand<F, T, false>;
-  constexpr int kPerPair = GroupSteps == 1 ? 2 : 1;
-  constexpr int kPairs = kPerPair == 2 || F::kHasMinimum || F::kGroup == 0 ? 2 : 4;
-  constexpr int kGroupPairs = GroupSteps > 2 ? GroupSteps / 2 : 1;
-  float group_sums[kPairs][kPerPair][4], x_sums[kPairs][kPerPair][4];
+  constexpr float kRatio = A::kUnit / A::kHighUnit;  // of the units of rows g + 8 to those of rows g
+  constexpr int kChains = GroupSteps >= 4 ? 2 : 1;   // of dependent mmas
+  constexpr int kSpan = 8;                           // k-steps whose x is loaded at once
 #pragma unroll
-  for (int first = 0; first < kStageOf<F> / 32; first += kPairs) {
-    uint32_t b[kPairs][4], constants[kPairs][kPerPair][4];
-    AffinePair affine[kPairs][kPerPair];
+  for (int first = 0; first < kStageOf<F> / 16; first += kSpan) {
+    uint32_t b[kSpan / 2][4];
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int step = 2 * (first + pair);
-      ptx::ldmatrix_x4(b[pair], (step % 4 ? ptx::toggle(x, 64) : x) + step / 4 * chunk_bytes);
-#pragma unroll
-      for (int i = 0; i < kPerPair; ++i) {
-        affine[pair][i] = w.groups.template affine<GroupSteps>(weight, step + i);
-        if constexpr (F::kHasMinimum) {
-          A::ones(constants[pair][i]);
-        } else if constexpr (!A::kExact) {
-          A::negated_zeros(constants[pair][i], affine[pair][i]);
-        }
-        if (first % kGroupPairs == 0) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) group_sums[pair][i][j] = x_sums[pair][i][j] = 0.0f;
-        }
-      }
+    for (int pair = 0; pair < kSpan / 2; ++pair) {
+      ptx::ldmatrix_x4(b[pair], (pair % 2 ? ptx::toggle(x, 64) : x) + (first / 4 + pair / 2) * chunk_bytes);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int step = first; step < first + kSpan; step += GroupSteps) {
+      const AffinePair affine = w.groups.template affine<GroupSteps>(weight, step);
+      float group_sums[kChains][4] = {};
+      float2 x_sum = {};
+      if constexpr (F::kHasMinimum || !A::kExact) x_sum = x_sums[step / GroupSteps * 4];
+      if constexpr (!F::kHasMinimum && !A::kExact) {
+        // Begin at what the operands' having no zero point will add up to.
+        const float low = -static_cast<float>(affine.row[0].zero + A::kBias);
+        const float high = -kRatio * static_cast<float>(affine.row[1].zero + A::kBias);
+        group_sums[0][0] = low * x_sum.x, group_sums[0][1] = low * x_sum.y;
+        group_sums[0][2] = high * x_sum.x, group_sums[0][3] = high * x_sum.y;
+      }
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int step = 2 * (first + pair) + i, group = i % kPerPair;
+      for (int i = 0; i < GroupSteps; ++i) {
+        const int at = step + i;
         uint32_t a[4];
-        A::decode(a, w.codes[step / 4], step % 4, affine[pair][group]);
-        mma<T>(group_sums[pair][group], a, b[pair][2 * i], b[pair][2 * i + 1]);
+        A::decode(a, w.codes[at / 4], at % 4, affine);
+        const uint32_t* of = b[(at - first) / 2] + at % 2 * 2;
+        mma<T>(group_sums[i % kChains], a, of[0], of[1]);
       }
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        const int group = i % kPerPair;
+      for (int j = 0; j < 4; ++j) {
+        const Affine& row = affine.row[j / 2];
+#pragma unroll
+        for (int chain = 0; chain < kChains; ++chain) sums[j] = fmaf(row.scale, group_sums[chain][j], sums[j]);
         if constexpr (F::kHasMinimum) {
-          mma<T>(x_sums[pair][group], constants[pair][group], b[pair][2 * i], b[pair][2 * i + 1]);
-        } else if constexpr (!A::kExact) {
-          mma<T>(group_sums[pair][group], constants[pair][group], b[pair][2 * i], b[pair][2 * i + 1]);
-        }
-      }
-    }
-    if ((first + kPairs) % kGroupPairs != 0) continue;
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-      for (int i = 0; i < kPerPair; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Affine& row = affine[pair][i].row[j / 2];
-          sums[j] = fmaf(row.scale, group_sums[pair][i][j], sums[j]);
-          if constexpr (F::kHasMinimum) sums[j] = fmaf(A::minimum(row), x_sums[pair][i][j], sums[j]);
+          sums[j] = fmaf((j < 2 ? 1.0f : kRatio) * A::minimum(row), j % 2 ? x_sum.y : x_sum.x, sums[j]);
         }
       }
     }
   }
 }
 
-template <class F, class T, int TokenTiles>
-__global__ void __launch_bounds__(32 * kGemvMaxWarps<F, TokenTiles>)
-    gemv(const Product p, const GemvConfig c, const GemvSizes s) {
-  constexpr bool kFew = TokenTiles == 1 && !T::kSplit;
-  using A = AOperand<F, T, !kFew>;
-  constexpr int kStage = kStageOf<F>, kChunks = kStage / kTileK;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, threads = c.threads();
+template <class F, class T, class G>
+__global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, const GemvConfig c, const GemvSizes s) {
+  using A = AOperand<F, T, false>;
+  constexpr int kStage = kStageOf<F>, kChunks = kStage / kTileK, kDepth = kGemvDepth<F>;
+  const Weight weight = with_grouping<F, G>(p.w);
+  // Opaque: the compiler would compute it, and what follows from it, again and again in the loop.
+  const int lane = ptx::opaque(static_cast<int>(threadIdx.x) % 32);
+  const int warp = threadIdx.x / 32, threads = c.threads();
   const int row_tile = warp % c.row_tiles, slice = warp / c.row_tiles;
-  const int terms = T::kSplit ? c.terms : 1;
   const int64_t batch = blockIdx.y;
 
   const int rank = c.cluster == 2 ? ptx::cluster_rank() : 0;
@@ -216,105 +161,95 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F, TokenTiles>)
   const int end_stage = rank == c.cluster - 1 ? s.stages : s.stages_per_block;
 
   auto* shared = static_cast<char*>(ptx::dynamic_shared());
-  auto* partial = reinterpret_cast<float*>(shared + s.partial);
   ClusterSum exchange = {reinterpret_cast<uint64_t*>(shared), reinterpret_cast<float*>(shared + s.received),
                          c.row_tiles * 8 * s.tokens, rank};
   if (c.cluster == 2) exchange.start();
 
-  // This warp's work: stages first_stage + slice + i * slices of one block of rows after another, i counted to an even
-  // number so that a stage is always in the same one of the two sets of registers. `ahead` is what to load next.
+  // Rows of x beyond `tokens` reach only sums that are never stored: the last row again.
+  const int x_row = lane % 8 < s.tokens ? lane % 8 : s.tokens - 1;
+  const ptx::SharedAddress x_lane = ptx::shared_address(shared + s.x) + x_row * 128 + ((lane / 8) ^ (x_row % 8)) * 16;
+
+  const XRing<T> x = {
+      p,
+      batch * p.m * p.k,
+      first_stage * kStage,
+      shared + s.x,
+      {s.tokens, s.tokens, s.stages_per_block * kChunks, 1, 1, 1, static_cast<uint32_t>(s.inverse_tokens)}};
+  x.load_all();
+
+  // This warp's work: stages first_stage + slice + i * slices of one block of rows after another. `ahead` is what to
+  // copy next; a row of tiles that does not exist is the last that does.
   struct Position {
-    int block, step;
-    LaneRow<F> row;
+    int block, row, stage;
   };
-  const auto at_block = [&](int block) -> Position {
-    const int in_weight = block * c.row_tiles + row_tile;
-    const int row = static_cast<int>(batch) * s.tile_rows + (in_weight < s.tile_rows ? in_weight : 0);
-    return {block, 0, LaneRow<F>(p.w, row, s.k_tiles, s.k_blocks, lane)};
-  };
-  Position ahead = at_block(first_block);
-  LaneStage<F> ring[2];
-  const auto fetch = [&](LaneStage<F>& to, auto group_steps) __attribute__((always_inline)) {
-    const int stage = first_stage + slice + ahead.step * c.slices;
-    if (ahead.block < s.row_blocks && stage < end_stage) {
-      to.template load<decltype(group_steps)::value>(p.w, ahead.row, s.k_tiles, s.k_blocks, stage, lane);
-    }
-    if (++ahead.step == s.even_steps) ahead = at_block(ahead.block + block_stride);
-  };
-  fetch(ring[0], std::integral_constant<int, 0>());
-  fetch(ring[1], std::integral_constant<int, 0>());
-
-  XRing<T> x = {p,
-                batch * p.m * p.k,
-                first_stage * kStage,
-                shared + s.x,
-                {s.tokens, s.x_rows, c.slices * kChunks, terms, s.steps, c.slots, s.inverse_tokens}};
-  x.start((s.row_blocks - first_block + block_stride - 1) / block_stride, s.slot_bytes);
-
-  // Rows of x beyond `tokens` reach only sums that are never stored: the last row again, or what the ring holds.
-  const int x_row = TokenTiles > 1 || lane % 8 < s.tokens ? lane % 8 : s.tokens - 1;
-  const int term_bytes = c.slices * kChunks * s.chunk_bytes;
-  const int x_offset = slice * kChunks * s.chunk_bytes + x_row * 128;
-  const int x_lane = x_offset + ((lane / 8) ^ (x_row % 8)) * 16;
-
-  if (c.cluster == 2) ptx::cluster_wait();
-  constexpr int kBuffers = TokenTiles == 1 ? 2 : 1;
-  int buffer = 0;
-  for (int block = first_block; block < s.row_blocks; block += block_stride) {
-    float sums[TokenTiles][4] = {};
-    // All of k. The group size is a constant of the loop, not a question in it.
-    const auto multiply = [&](auto group_steps) __attribute__((always_inline)) {
-      for (int step = 0; step < s.even_steps; step += 2) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (x.to_read != 0 && step + half < s.steps) x.advance(step + half);
-          if (first_stage + slice + (step + half) * c.slices < end_stage) {
-            const ptx::SharedAddress at = x.slot(s.slot_bytes) + x_lane;
-            if constexpr (kFew) {
-              multiply_stage_of_few<F, T, decltype(group_steps)::value>(sums[0], p.w, ring[half], at, s.chunk_bytes);
-            } else {
-              multiply_stage<F, T, TokenTiles, decltype(group_steps)::value>(sums, p.w, ring[half], at, s.chunk_bytes,
-                                                                             term_bytes, terms);
-            }
-          }
-          if (step + half < s.steps) x.next();
-          fetch(ring[half], group_steps);
-        }
+  Position ahead = {first_block, first_block * c.row_tiles + row_tile, first_stage + slice};
+  StageCopier<F, G> copier(weight, batch * s.tile_rows + (ahead.row < s.tile_rows ? ahead.row : 0), s.k_tiles,
+                           s.k_blocks, lane);
+  char* const ring = shared + s.rings + warp * s.ring_bytes;
+  // The stage of the ring that is copied to and read from. No other warp has anything to do with it.
+  int slot = 0;
+  const auto next_slot = [&] { slot = slot + s.stage_bytes == s.ring_bytes ? 0 : slot + s.stage_bytes; };
+  const auto copy = [&]() __attribute__((always_inline)) {
+    if (ahead.block < s.row_blocks) {
+      copier.copy(ptx::shared_address(ring) + slot, ahead.stage, s.k_tiles, lane);
+      ahead.stage += c.slices;
+      if (ahead.stage >= end_stage) {
+        const int rows = block_stride * c.row_tiles;
+        ahead = {ahead.block + block_stride, ahead.row + rows, first_stage + slice};
+        if (ahead.row < s.tile_rows) copier.advance(weight, rows, s.k_tiles, s.k_blocks);
       }
-    };
-    if constexpr (F::kGroup != 0) {
-      multiply(std::integral_constant<int, F::kGroup / 16>());
-    } else if constexpr (TokenTiles == 8) {
-      multiply(std::integral_constant<int, 0>());  // no registers for sums that outlive two k-steps
-    } else if (p.w.group == 32) {
-      multiply(std::integral_constant<int, 2>());
-    } else if (p.w.group == 64) {
-      multiply(std::integral_constant<int, 4>());
-    } else {
-      multiply(std::integral_constant<int, 8>());
+    }
+    ptx::copy_async_commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kDepth; ++i, next_slot()) copy();
+  ptx::copy_async_wait<kDepth>();  // for x
+  __syncthreads();
+
+  const int block_stages = end_stage - first_stage;
+  const int chunk_bytes = ptx::opaque(s.chunk_bytes);
+  const auto x_of = [&](int stage) { return x_lane + stage * kChunks * chunk_bytes; };
+  const auto x_sums_of = [&](int stage) {
+    return reinterpret_cast<float2*>(shared + s.x_sums) + stage * (kStage / 16 / G::kSteps * 4) + lane % 4;
+  };
+  if constexpr (F::kHasMinimum || !A::kExact) {
+#pragma unroll 1
+    for (int stage = warp; stage < block_stages; stage += c.row_tiles * c.slices) {
+      sum_groups<F, T, G::kSteps>(x_sums_of(stage), x_of(stage), chunk_bytes, lane);
+    }
+    __syncthreads();
+  }
+  if (c.cluster == 2) ptx::cluster_wait();
+
+  int buffer = 0;
+#pragma unroll 1
+  for (int block = first_block; block < s.row_blocks; block += block_stride) {
+    float sums[4] = {};
+#pragma unroll 1
+    for (int stage = slice; stage < block_stages; stage += c.slices, next_slot()) {
+      ptx::copy_async_wait<kDepth - 1>();
+      LaneStage<F> w;
+      w.template load<G::kSteps>(weight, {}, 0, 0, 0, lane, FromShared{ring + slot, lane});
+      copy();
+      multiply_few<F, T, G::kSteps>(sums, weight, w, x_of(stage), chunk_bytes, x_sums_of(stage));
     }
 
     // The sum over the slices, in their order, then over the two blocks of a cluster: each has eight of sixteen rows.
-    float* slot = partial + buffer * c.slices * c.row_tiles * TokenTiles * 128;
-#pragma unroll
-    for (int tile = 0; tile < TokenTiles; ++tile) {
-      *reinterpret_cast<float4*>(slot + (warp * TokenTiles + tile) * 128 + lane * 4) =
-          make_float4(sums[tile][0] * A::kUnit, sums[tile][1] * A::kUnit, sums[tile][2] * A::kHighUnit,
-                      sums[tile][3] * A::kHighUnit);
-    }
+    float* partial = reinterpret_cast<float*>(shared + s.partial) + buffer * c.slices * c.row_tiles * 128;
+    *reinterpret_cast<float4*>(partial + warp * 128 + lane * 4) =
+        make_float4(sums[0] * A::kUnit, sums[1] * A::kUnit, sums[2] * A::kHighUnit, sums[3] * A::kHighUnit);
     __syncthreads();
     const auto sum_of = [&](int tile, int row, int token) {
-      const float* source =
-          slot + (tile * TokenTiles + token / 8) * 128 + (row % 8 * 4 + token % 8 / 2) * 4 + row / 8 * 2 + token % 2;
+      const float* source = partial + tile * 128 + (row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2;
       float sum = 0.0f;
 #pragma unroll 4
-      for (int i = 0; i < c.slices; ++i) sum += source[i * c.row_tiles * TokenTiles * 128];
+      for (int i = 0; i < c.slices; ++i) sum += source[i * c.row_tiles * 128];
       return sum;
     };
-    const int rows = kTileN / c.cluster;
     if (c.cluster == 2) {
       for (int e = threadIdx.x; e < exchange.cells; e += threads) {
-        exchange.send(e, sum_of(e / 8 % c.row_tiles, e % 8 + (rank ^ 1) * 8, e / 8 / c.row_tiles));
+        const int token = e / 8 * s.inverse_tiles >> 20, tile = e / 8 - token * c.row_tiles;
+        exchange.send(e, sum_of(tile, e % 8 + (rank ^ 1) * 8, token));
       }
       exchange.wait();
     }
@@ -322,21 +257,21 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F, TokenTiles>)
       const float sum = sum_of(tile, row, token);
       return c.cluster == 2 ? sum + exchange.part_of_other((token * c.row_tiles + tile) * 8 + row % 8) : sum;
     };
-    const int tiles = p.epilogue.gated ? 2 : 1;  // that make one of the result
-    for (int e = threadIdx.x; e < c.row_tiles / tiles * rows * s.tokens; e += threads) {
-      const int row = e % rows + rank * 8, tile = e / rows % (c.row_tiles / tiles) * tiles;
-      const int token = e / rows / (c.row_tiles / tiles);
+    const int rows_log = c.cluster == 2 ? 3 : 4, gated = p.epilogue.gated;  // two tiles make one of a gated result
+    const bool plain = p.epilogue.empty();                                  // asked once, not for each result
+    for (int e = threadIdx.x; e < (c.row_tiles << rows_log >> gated) * s.tokens; e += threads) {
+      const int row = (e & ((1 << rows_log) - 1)) + rank * 8, i = e >> rows_log;
+      const int token = i * (s.inverse_tiles << gated) >> 20, tile = (i << gated) - token * c.row_tiles;
       const int64_t n = (static_cast<int64_t>(block) * c.row_tiles + tile) * kTileN + row;
-      if (n < p.n) {
-        store_result(p, batch, token, n, result(tile, row, token), tiles == 2 ? result(tile + 1, row, token) : 0.0f);
+      if (n >= p.n) continue;
+      if (plain) {
+        store_scalar(p.out, (batch * p.m + token) * p.n + n, p.out_type, result(tile, row, token));
+      } else {
+        store_result(p, batch, token, n, result(tile, row, token), gated ? result(tile + 1, row, token) : 0.0f);
       }
     }
     if (c.cluster == 2) exchange.finish_round();
-    if constexpr (kBuffers == 2) {
-      buffer ^= 1;  // so one barrier a block of rows is enough
-    } else {
-      __syncthreads();
-    }
+    buffer ^= 1;  // so one barrier a block of rows is enough
   }
 }
 

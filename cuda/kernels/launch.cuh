@@ -9,8 +9,8 @@
 #include "kernels/gemm_sm80.cuh"
 #include "kernels/gemm_sm90.h"
 #include "kernels/gemm_transposed.cuh"
-#include "kernels/gemv.cuh"
 #include "kernels/gemv_config.cuh"
+#include "kernels/gemv_sm90.h"
 #include "kernels/grid.cuh"
 #include "kernels/product.h"
 
@@ -23,25 +23,18 @@ const char* launch_gemm_sm80(const Product& p, int terms, cudaStream_t stream) {
                 p, static_cast<int>(row_groups), terms);
 }
 
-// False in *served where gemv does not serve the product: no split of it fits.
-template <class F, class T, int TokenTiles>
-const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* served) {
+// Launches gemv or gemv_tiles as `shape` is best split; false in *served where no split of it fits.
+template <auto kKernel, class Shape, class Choose>
+const char* launch_split(const Product& p, const Shape& shape, Choose&& choose, cudaStream_t stream, bool* served) {
   DeviceLimits limits;
   if (const cudaError_t error = device_limits(&limits); error != cudaSuccess) return cudaGetErrorString(error);
-  *served = false;
-  // The kernel counts a lane's vectors of codes and the elements of x in 32 bits.
-  const int64_t vectors = p.batch * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) * 32;
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  if (p.k == 0 || p.batch > kMaxGridY || vectors > kMost || p.k > kMost / (128 * terms)) return nullptr;
-  constexpr auto kKernel = gemv<F, T, TokenTiles>;
   int compiled = 0;
   cudaError_t error = compiled_capability<kKernel>(limits, &compiled);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const GemvShape shape = gemv_shape<F, TokenTiles>(p, terms);
-  const GemvConfig config = choose_gemv(shape, limits, compiled >= 90);
-  if (config.row_tiles == 0) return nullptr;
-  *served = true;
-  const GemvSizes sizes = shape.sizes(config);
+  const auto config = choose(shape, limits, compiled >= 90);
+  *served = config.row_tiles != 0;
+  if (!*served) return nullptr;
+  const auto sizes = shape.sizes(config);
   error = allow_shared<kKernel>(sizes.total, limits);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int clusters = std::max(1, std::min(sizes.row_blocks, limits.multiprocessors / config.cluster));
@@ -49,26 +42,64 @@ const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* 
                 config, sizes);
 }
 
-// Rows of x that gemv serves: one bucket for float32, four for 16-bit operands.
+template <class F, class T, int TokenTiles>
+const char* launch_gemv_tiles(const Product& p, int terms, cudaStream_t stream, bool* served) {
+  return launch_split<gemv_tiles<F, T, TokenTiles>>(p, gemv_tiles_shape<F, TokenTiles>(p, terms), choose_gemv_tiles,
+                                                    stream, served);
+}
+
+template <class F, class T, class G>
+const char* launch_gemv_few(const Product& p, cudaStream_t stream, bool* served) {
+  return launch_split<gemv<F, T, G>>(p, gemv_shape<F, G>(p), choose_gemv, stream, served);
+}
+
+template <class F, class T, int GroupSteps>
+const char* launch_gemv_integer(const Product& p, cudaStream_t stream, bool* served) {
+  return p.w.has_plane(F::kScales + 1) ? launch_gemv_few<F, T, Grouping<GroupSteps, true>>(p, stream, served)
+                                       : launch_gemv_few<F, T, Grouping<GroupSteps, false>>(p, stream, served);
+}
+
+template <class F, class T>
+const char* launch_gemv_few(const Product& p, cudaStream_t stream, bool* served) {
+  if constexpr (F::kGroup != 0) {
+    return launch_gemv_few<F, T, Grouping<F::kGroup / 16, false>>(p, stream, served);
+  } else {
+    if (p.w.group == 32) return launch_gemv_integer<F, T, 2>(p, stream, served);
+    if (p.w.group == 64) return launch_gemv_integer<F, T, 4>(p, stream, served);
+    return launch_gemv_integer<F, T, 8>(p, stream, served);
+  }
+}
+
+// Rows of x that gemv and gemv_tiles serve: one bucket for float32, four for 16-bit operands.
 template <class T>
 constexpr int kGemvTokens = T::kSplit ? 8 : 64;
 
+// False in *served where they do not serve the product.
 template <class F, class T>
-const char* launch_gemv_for_rows(const Product& p, int terms, cudaStream_t stream, bool* served) {
-  if (p.m <= 8) return launch_gemv<F, T, 1>(p, terms, stream, served);
-  if constexpr (!T::kSplit) {
-    if (p.m <= 16) return launch_gemv<F, T, 2>(p, terms, stream, served);
-    if (p.m <= 32) return launch_gemv<F, T, 4>(p, terms, stream, served);
-    return launch_gemv<F, T, 8>(p, terms, stream, served);
+const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* served) {
+  *served = false;
+  // The kernels count a lane's vectors of codes and the elements of x in 32 bits.
+  const int64_t vectors = p.batch * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) * 32;
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  if (p.k == 0 || p.batch > kMaxGridY || vectors > kMost || p.k > kMost / (128 * terms)) return nullptr;
+  if constexpr (T::kSplit) {
+    return launch_gemv_tiles<F, T, 1>(p, terms, stream, served);
+  } else {
+    if (p.m <= 8) {
+      const char* problem = launch_gemv_few<F, T>(p, stream, served);
+      if (*served || problem) return problem;
+    }
+    if (p.m <= 16) return launch_gemv_tiles<F, T, 2>(p, terms, stream, served);
+    if (p.m <= 32) return launch_gemv_tiles<F, T, 4>(p, terms, stream, served);
+    return launch_gemv_tiles<F, T, 8>(p, terms, stream, served);
   }
-  return nullptr;
 }
 
 template <class F, class T>
 const char* launch_forward(const Product& p, int terms, cudaStream_t stream) {
   if (p.kernel != "gemm_sm80" && p.m <= kGemvTokens<T> && fits_group_registers<F>(p.w)) {
     bool served = false;
-    const char* problem = launch_gemv_for_rows<F, T>(p, terms, stream, &served);
+    const char* problem = launch_gemv<F, T>(p, terms, stream, &served);
     if (served || problem) return problem;
   }
   if (p.kernel == "gemv") {
@@ -88,13 +119,21 @@ const char* launch_format(const Product& p, cudaStream_t stream) {
     return launch(gemm_transposed<F>, {k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads},
                   stream, p, static_cast<int>(k_tiles));
   }
-  if (p.kernel == "gemm_sm90") {
 #ifdef JAX_QGEMM_WITH_SM90A
-    return launch_gemm_sm90<F>(p, stream);
-#else
-    return "kernel gemm_sm90 is not in this build: JAX_QGEMM_CUDA_ARCHITECTURES had no 90a";
-#endif
+  // They round the weight to the type of x.
+  const bool any = p.kernel == "auto" && p.m > 8 && (p.x_type != Scalar::kF16 || scales_fit_f16<F>(p.w));
+  if (any || p.kernel == "gemv_sm90" || p.kernel == "gemm_sm90") {
+    const bool few = any ? p.m <= 64 : p.kernel == "gemv_sm90";
+    const char* refusal = nullptr;
+    const char* problem = (few ? launch_gemv_sm90<F> : launch_gemm_sm90<F>)(p, stream, &refusal);
+    if (!refusal) return problem;
+    if (!any) return refusal;
   }
+#else
+  if (p.kernel == "gemm_sm90" || p.kernel == "gemv_sm90") {
+    return "kernels gemm_sm90 and gemv_sm90 are not in this build: JAX_QGEMM_CUDA_ARCHITECTURES had no 90a";
+  }
+#endif
   switch (p.x_type) {
     case Scalar::kF16:
       return launch_forward<F, MmaF16>(p, 1, stream);

@@ -24,6 +24,9 @@ struct Epilogue {
   Scalar bias_type, residual_type;
   Activation activation;
   bool gated;
+
+  // Whether nothing happens to the sums.
+  QG_HD bool empty() const { return !scale && !bias && !residual && activation == Activation::kNone && !gated; }
 };
 
 // forward:    x (batch, m, k) @ w (batch, k, n)   -> out (batch, m, n), or (batch, m, n / 2) gated

@@ -5,28 +5,13 @@
 
 #include "formats/format.cuh"
 #include "formats/tile_codes.cuh"
+#include "tile/lane_source.cuh"
 
 namespace jax_qgemm {
 
 // Elements of k of one stage: a super-block, or two tiles.
 template <class F>
 constexpr int kStageOf = F::kKBlock > 128 ? F::kKBlock : 128;
-
-template <int Words>
-__device__ __forceinline__ void load_words(uint32_t* out, const void* address) {
-  if constexpr (Words % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < Words / 4; ++i) {
-      const uint4 v = __ldg(static_cast<const uint4*>(address) + i);
-      out[4 * i] = v.x, out[4 * i + 1] = v.y, out[4 * i + 2] = v.z, out[4 * i + 3] = v.w;
-    }
-  } else if constexpr (Words == 2) {
-    const uint2 v = __ldg(static_cast<const uint2*>(address));
-    out[0] = v.x, out[1] = v.y;
-  } else {
-    out[0] = __ldg(static_cast<const uint32_t*>(address));
-  }
-}
 
 // Formats whose groups are known at compile time: each plane's pairs of a k-block are consecutive, one or two loads.
 template <class F>
@@ -52,18 +37,22 @@ struct GroupRegisters {
   }
 
   // first: first_pair() of the row.
-  template <int, int I = 0>
-  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage) {
+  template <int, int I = 0, class Source = FromDevice>
+  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage, Source&& source = {}) {
     if constexpr (I < kCount) {
+      constexpr int kPiece = words(I) < 4 ? words(I) : 4;
       const auto* pairs = static_cast<const uint32_t*>(w.planes[kFirst + I]) +
                           static_cast<uint64_t>(first + stage * (kBlocks * 8)) * words(I);
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         // Behind the last k-block, where x is zero, any values do: those of the block before.
         const int block = b == 0 || stage * kBlocks + b < k_blocks ? b : 0;
-        load_words<words(I)>(raw + offset(I) + b * words(I), pairs + block * 8 * words(I));
+#pragma unroll
+        for (int j = 0; j < words(I); j += kPiece) {
+          source.template words<kPiece>(raw + offset(I) + b * words(I) + j, pairs + block * 8 * words(I) + j);
+        }
       }
-      load<0, I + 1>(w, first, k_blocks, stage);
+      load<0, I + 1>(w, first, k_blocks, stage, source);
     }
   }
 
@@ -97,16 +86,16 @@ struct GroupRegisters<F> {
   }
 
   // first: first_pair() of the row. GroupSteps: k-steps that share a scale; 0: known at run time only.
-  template <int GroupSteps>
-  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage) {
+  template <int GroupSteps, class Source = FromDevice>
+  __device__ __forceinline__ void load(const Weight& w, uint32_t first, int k_blocks, int stage, Source&& source = {}) {
     if (GroupSteps == 2 || (GroupSteps == 0 && w.group == 32)) {
-      load_halves<true>(w, first, k_blocks, stage);
+      load_halves<true>(w, first, k_blocks, stage, source);
     } else if (GroupSteps == 4 || (GroupSteps == 0 && w.group == 64)) {
-      load_halves<false>(w, first, k_blocks, stage);
+      load_halves<false>(w, first, k_blocks, stage, source);
     } else {
       const uint32_t pair = first + (w.group == 0 ? 0 : w.group == 256 ? stage / 2 : stage) * 8;
-      scales[0] = __ldg(static_cast<const uint32_t*>(w.planes[F::kScales]) + pair);
-      if (has_zero_points(w)) zeros[0] = __ldg(static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + pair);
+      source.template words<1>(scales, static_cast<const uint32_t*>(w.planes[F::kScales]) + pair);
+      if (has_zero_points(w)) source.half(zeros[0], static_cast<const uint16_t*>(w.planes[F::kScales + 1]) + pair);
     }
   }
 
@@ -128,8 +117,9 @@ struct GroupRegisters<F> {
 
  private:
   // The two k-blocks of a stage, of one group or two.
-  template <bool TwoGroups>
-  __device__ __forceinline__ void load_halves(const Weight& w, uint32_t first, int k_blocks, int stage) {
+  template <bool TwoGroups, class Source>
+  __device__ __forceinline__ void load_halves(const Weight& w, uint32_t first, int k_blocks, int stage,
+                                              Source& source) {
     const auto* scale_pairs = static_cast<const uint32_t*>(w.planes[F::kScales]);
     const void* zero_pairs = w.planes[F::kScales + 1];
 #pragma unroll
@@ -137,12 +127,11 @@ struct GroupRegisters<F> {
       // Behind the last k-block, where x is zero, any values do: those of the block before.
       const uint32_t pairs = first + (b == 0 || stage * 2 + b < k_blocks ? stage * 2 + b : stage * 2) * 8;
       if constexpr (TwoGroups) {
-        const uint2 two = __ldg(reinterpret_cast<const uint2*>(scale_pairs) + pairs);
-        scales[2 * b] = two.x, scales[2 * b + 1] = two.y;
-        if (has_zero_points(w)) zeros[b] = __ldg(static_cast<const uint32_t*>(zero_pairs) + pairs);
+        source.template words<2>(scales + 2 * b, scale_pairs + 2 * pairs);
+        if (has_zero_points(w)) source.template words<1>(zeros + b, static_cast<const uint32_t*>(zero_pairs) + pairs);
       } else {
-        scales[2 * b] = __ldg(scale_pairs + pairs);
-        if (has_zero_points(w)) zeros[b] = __ldg(static_cast<const uint16_t*>(zero_pairs) + pairs);
+        source.template words<1>(scales + 2 * b, scale_pairs + pairs);
+        if (has_zero_points(w)) source.half(zeros[b], static_cast<const uint16_t*>(zero_pairs) + pairs);
       }
     }
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "formats/tile_codes.cuh"
-#include "tile/ptx.cuh"
+#include "tile/lane_source.cuh"
 
 namespace jax_qgemm {
 
@@ -12,19 +12,14 @@ struct LanePlane {
   uint32_t words[Bits];
 
   // first: 32 x the tile's number, plus the lane.
-  __device__ __forceinline__ void load(const void* plane, uint64_t first, int lane) {
-    if constexpr (Bits == 1) {
-      words[0] = __ldg(static_cast<const uint32_t*>(plane) + first);
-    } else if constexpr (Bits == 2) {
-      const uint2 v = __ldg(static_cast<const uint2*>(plane) + first);
-      words[0] = v.x, words[1] = v.y;
+  template <class Source>
+  __device__ __forceinline__ void load(const void* plane, uint64_t first, int lane, Source& source) {
+    if constexpr (Bits < 4) {
+      source.template codes<Bits>(words, static_cast<const uint32_t*>(plane) + Bits * first);
     } else {
       const uint4* from = static_cast<const uint4*>(plane) + (Bits == 8 ? 2 * first - lane : first);
 #pragma unroll
-      for (int i = 0; i < Bits / 4; ++i) {
-        const uint4 v = ptx::load_once(from + i * 32);
-        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-      }
+      for (int i = 0; i < Bits / 4; ++i) source.template codes<4>(words + 4 * i, from + i * 32);
     }
   }
 
@@ -38,7 +33,8 @@ struct LanePlane {
 
 template <>
 struct LanePlane<0> {
-  __device__ __forceinline__ void load(const void*, uint64_t, int) {}
+  template <class Source>
+  __device__ __forceinline__ void load(const void*, uint64_t, int, Source&) {}
   __device__ __forceinline__ uint32_t run(int) const { return 0; }
 };
 
@@ -47,9 +43,10 @@ struct LaneCodes {
   LanePlane<F::kLowBits> low;
   LanePlane<F::kHighBits> high;
 
-  __device__ __forceinline__ void load(const Weight& w, uint64_t first, int lane) {
-    low.load(w.planes[0], first, lane);
-    if constexpr (F::kHighBits != 0) high.load(w.planes[1], first, lane);
+  template <class Source = FromDevice>
+  __device__ __forceinline__ void load(const Weight& w, uint64_t first, int lane, Source&& source = {}) {
+    low.load(w.planes[0], first, lane, source);
+    if constexpr (F::kHighBits != 0) high.load(w.planes[1], first, lane, source);
   }
 
   __device__ __forceinline__ uint32_t levels(int run) const {

@@ -12,24 +12,26 @@ constexpr int kStageTiles = kStageOf<F> / kTileK;
 // Where a lane's part of a row of tiles begins.
 template <class F>
 struct LaneRow {
-  uint32_t first_vector, first_pair;
+  uint32_t first_vector = 0, first_pair = 0;
 
+  LaneRow() = default;
   __device__ __forceinline__ LaneRow(const Weight& w, int row, int k_tiles, int k_blocks, int lane)
       : first_vector(static_cast<uint32_t>(row * k_tiles * 32 + lane)),
         first_pair(GroupRegisters<F>::first_pair(w, row, k_blocks, lane / 4)) {}
 
   // Tile i of a stage; k_tiles: of the row, as stored.
+  template <class Source = FromDevice>
   __device__ __forceinline__ void load_codes(LaneCodes<F>& codes, const Weight& w, int k_tiles, int stage, int i,
-                                             int lane) const {
+                                             int lane, Source&& source = {}) const {
     // Behind the last tile, where x is zero, any codes do: those of the stage's first.
     const bool exists = i == 0 || F::kKBlock == kStageOf<F> || stage * kStageTiles<F> + i < k_tiles;
-    codes.load(w, first_vector + stage * (kStageTiles<F> * 32) + (exists ? i * 32 : 0), lane);
+    codes.load(w, first_vector + stage * (kStageTiles<F> * 32) + (exists ? i * 32 : 0), lane, source);
   }
   // GroupSteps: of an integer format, the k-steps that share a scale; 0: known at run time only.
-  template <int GroupSteps = 0>
-  __device__ __forceinline__ void load_groups(GroupRegisters<F>& groups, const Weight& w, int k_blocks,
-                                              int stage) const {
-    groups.template load<GroupSteps>(w, first_pair, k_blocks, stage);
+  template <int GroupSteps = 0, class Source = FromDevice>
+  __device__ __forceinline__ void load_groups(GroupRegisters<F>& groups, const Weight& w, int k_blocks, int stage,
+                                              Source&& source = {}) const {
+    groups.template load<GroupSteps>(w, first_pair, k_blocks, stage, source);
   }
 };
 
@@ -38,13 +40,25 @@ struct LaneStage {
   LaneCodes<F> codes[kStageTiles<F>];
   GroupRegisters<F> groups;
 
-  template <int GroupSteps = 0>
+  template <int GroupSteps = 0, class Source = FromDevice>
   __device__ __forceinline__ void load(const Weight& w, const LaneRow<F>& row, int k_tiles, int k_blocks, int stage,
-                                       int lane) {
+                                       int lane, Source&& source = {}) {
 #pragma unroll
-    for (int i = 0; i < kStageTiles<F>; ++i) row.load_codes(codes[i], w, k_tiles, stage, i, lane);
-    row.template load_groups<GroupSteps>(groups, w, k_blocks, stage);
+    for (int i = 0; i < kStageTiles<F>; ++i) row.load_codes(codes[i], w, k_tiles, stage, i, lane, source);
+    row.template load_groups<GroupSteps>(groups, w, k_blocks, stage, source);
   }
 };
+
+// Bytes of shared memory that StageCopier fills for a warp.
+template <class F>
+int lane_stage_bytes(const Weight& w) {
+  const int codes = kStageTiles<F> * (F::kLowBits + F::kHighBits);
+  if constexpr (F::kGroup != 0) {
+    return 32 * (4 * codes + static_cast<int>(sizeof(GroupRegisters<F>)));
+  } else {
+    const int scales = w.group == 32 ? 4 : w.group == 64 ? 2 : 1;
+    return 128 * (codes + scales + (w.has_plane(F::kScales + 1) ? (scales + 1) / 2 + (scales == 2) : 0));
+  }
+}
 
 }  // namespace jax_qgemm

@@ -38,4 +38,20 @@ inline const char* encode_rows(CUtensorMap* map, const void* x, Scalar type, int
   return result == CUDA_SUCCESS ? nullptr : "the driver refuses a tensor map of x";
 }
 
+// Rows of row_bytes in boxes of box_rows by box_bytes, all of them multiples of 16, as they are; columns are counted in
+// 8 bytes. Zeros outside.
+inline const char* encode_bytes(CUtensorMap* map, const void* base, int64_t rows, int64_t row_bytes, int box_rows,
+                                int box_bytes) {
+  const auto encode = tensor_map_encoder();
+  if (!encode) return "the driver is too old for tensor maps";
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes) / 8, static_cast<cuuint64_t>(rows)};
+  const auto stride = static_cast<cuuint64_t>(row_bytes);
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_bytes) / 8, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_INT64, 2, const_cast<void*>(base), sizes, &stride, box,
+                                 steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the driver refuses a tensor map of w";
+}
+
 }  // namespace jax_qgemm

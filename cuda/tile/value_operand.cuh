@@ -1,55 +1,215 @@
 // Weights themselves as the A operand of an mma: of 16-bit values, not of integers.
 #pragma once
 
-#include "tile/lane_codes.cuh"
-#include "tile/mma.cuh"
+#include <type_traits>
+
+#include "tile/a_operand.cuh"
 
 namespace jax_qgemm {
 
-// scale * (level - zero) + minimum, in float32 and to the bit as value_of() gives it, then rounded once to x's type. So
-// one sum runs over all of k, whatever the groups. In f16 a weight below 2^-25 becomes zero and one above 65504
-// infinite; bf16 has float32's range.
+// Pairs of 16-bit numbers in a register, as packed instructions take them.
+template <class T>
+struct Packed {
+  using Vector = std::conditional_t<T::kIsBF16, __nv_bfloat162, __half2>;
+
+  uint32_t bits;
+
+  __device__ __forceinline__ Vector vector() const { return reinterpret_cast<const Vector&>(bits); }
+  __device__ __forceinline__ static Packed of(Vector v) { return {reinterpret_cast<const uint32_t&>(v)}; }
+  __device__ __forceinline__ static Packed of(float a, float b) {
+    if constexpr (T::kIsBF16) {
+      return of(__floats2bfloat162_rn(a, b));
+    } else {
+      return of(__floats2half2_rn(a, b));
+    }
+  }
+  // Twice the same number; beyond T's range the largest one.
+  __device__ __forceinline__ static Packed twice(float value) { return {ptx::twice_saturated<T::kIsBF16>(value)}; }
+  __device__ __forceinline__ float first() const {
+    const auto half = static_cast<uint16_t>(bits);
+    return T::kIsBF16 ? bf16_to_f32(half) : f16_to_f32(half);
+  }
+
+  __device__ __forceinline__ friend Packed operator+(Packed a, Packed b) { return of(__hadd2(a.vector(), b.vector())); }
+  __device__ __forceinline__ friend Packed operator-(Packed a, Packed b) { return of(__hsub2(a.vector(), b.vector())); }
+  __device__ __forceinline__ friend Packed operator*(Packed a, Packed b) { return of(__hmul2(a.vector(), b.vector())); }
+  __device__ __forceinline__ friend Packed fma(Packed a, Packed b, Packed c) {
+    return of(__hfma2(a.vector(), b.vector(), c.vector()));
+  }
+};
+
+// One sum runs over all of k, whatever the groups: the operand is the weight, rounded once to x's type.
+//
+// Packed: two values at a time, level - zero is made exactly and then multiplied by the scale. That takes a scale of 16
+// bits, and what is rounded with it moves all weights of a group together, which adds up where x has a mean: a scale
+// that needs more bits is the sum of two numbers. A minimum is added by the same instruction, where it and the scale
+// are float16 as x is. Else, in float32: a scale and a minimum that are products, as in k-quants.
+//
+// In f16 a weight below 2^-25 becomes zero and one above 65504 infinite, but where the scale alone is above: that
+// counts as 65504, since infinity times level - zero = 0 would be no number. bf16 has float32's range.
 template <class F, class T>
-struct ValueOperand {
+class ValueOperand {
+  static constexpr bool kFloat4 = requires { F::kIsE2M1; }, kTable = F::kHasTable && !kFloat4;
+  static constexpr bool kProducts = F::kKBlock == 256;  // of a float16 scale with a small integer
+  static constexpr bool kFloat32 = !F::kHasTable && (kProducts || (F::kHasMinimum && T::kIsBF16));
+  static constexpr bool kNibbles = F::kLowBits == 4 && F::kHighBits == 0 && !F::kHasTable;
+  static constexpr bool kWide = T::kIsBF16 && F::kLowBits == 8;  // 128 + level would not fit bf16's 8 significant bits
+  static constexpr bool kScaleOfTwo = !kFloat4 && (T::kIsBF16 || kProducts);
+  static constexpr uint32_t kMagic = T::kIsBF16 ? 0x43004300u : 0x64006400u;  // 128 or 1024, plus the lowest bits
+
+  using V = Packed<T>;
+
+ public:
+  // What the weights of a group need, of rows g and g+8.
+  struct PackedRow {
+    V zero, scale;
+    V rest;  // the minimum, or the second number of the scale
+  };
+  struct Float32Row {
+    float scale, rest;
+  };
+  using Row = std::conditional_t<kFloat32, Float32Row, PackedRow>;
+  struct Group {
+    Row row[2];
+  };
+
+  __device__ __forceinline__ static Group prepare(const AffinePair& affine) {
+    return {prepare_row<0>(affine.row[0]), prepare_row<1>(affine.row[1])};
+  }
+
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], const LaneCodes<F>& codes, int step,
-                                                const AffinePair& affine) {
+                                                const Group& group) {
+    if constexpr (kFloat4) {
+      AOperand<F, T, false>::decode(a, codes, step, {});
+      const V unit = V::twice(AOperand<F, T, false>::kUnit);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t levels = codes.levels(2 * step + h);  // of elements k, k+8, k+1, k+9
-      const Affine& row = affine.row[h];
-      a[h] = pack(value<0>(levels, row), value<2>(levels, row));
-      a[h + 2] = pack(value<1>(levels, row), value<3>(levels, row));
+      for (int i = 0; i < 4; ++i) a[i] = weight(T::kIsBF16 ? V{a[i]} : V{a[i]} * unit, group.row[i % 2]);
+    } else if constexpr (kTable) {
+      look_up(a, codes.low.words[step]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = weight({a[i]}, group.row[i % 2]);
+    } else if constexpr (kNibbles && !kFloat32) {
+      const Row &low = group.row[0], &high = group.row[1];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = codes.low.words[step] >> 8 * i;
+        a[2 * i] = weight(V{ptx::and_or<0x000f000fu>(word, kMagic)} + low.zero, low);
+        a[2 * i + 1] = weight(high_nibbles(word, high.zero), high);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t levels = codes.levels(2 * step + h);  // of elements k, k+8, k+1, k+9
+        const Row& row = group.row[h];
+        if constexpr (kFloat32) {
+          a[h] = V::of(value<0>(levels, row), value<2>(levels, row)).bits;
+          a[h + 2] = V::of(value<1>(levels, row), value<3>(levels, row)).bits;
+        } else if constexpr (kWide) {
+          const uint32_t qvalues = levels ^ 0x80808080u;  // in two's complement, as such formats store them
+          a[h] = weight(difference_of_bytes(qvalues, row.zero), row);
+          a[h + 2] = weight(difference_of_bytes(qvalues >> 8, row.zero), row);
+        } else {
+          a[h] = weight(V{ptx::and_or<0x00ff00ffu>(levels, kMagic)} + row.zero, row);
+          a[h + 2] = weight(V{__byte_perm(levels, kMagic, 0x5351)} + row.zero, row);
+        }
+      }
     }
   }
 
  private:
-  // A level in the right bits of a float is a sum with a power of two. Where the products with the power and with the
-  // zero are exact in float32, which scales of few bits make them, one fma is all it takes; scales that are powers of
-  // two, as some tables of floats have, could overflow.
-  static constexpr bool kNarrow = !F::kHasMinimum && !F::kHasTable && !wide_levels<F>();
-
-  // e: 0x00 to 0x03, the byte of `levels`.
-  template <uint32_t e>
-  __device__ __forceinline__ static float value(uint32_t levels, const Affine& row) {
-    if constexpr (kNarrow) {
-      const float level = __uint_as_float(__byte_perm(levels, 0x43000000u, 0x7044u | e << 8));  // 128 more
-      return fmaf(level, row.scale, -(128.0f + static_cast<float>(row.zero)) * row.scale);
-    }
-    const float level = __uint_as_float(__byte_perm(levels, 0x4b000000u, 0x7650u | e));  // 2^23 more
-    if constexpr (F::kHasMinimum) {
-      // Such formats have no zero point.
-      return add_rn(fmaf(level, row.scale, -0x1p23f * row.scale), row.minimum);
+  template <int H>
+  __device__ __forceinline__ static Row prepare_row(const Affine& affine) {
+    if constexpr (kFloat32) {
+      return {affine.scale, fmaf(-(128.0f + static_cast<float>(affine.zero)), affine.scale, affine.minimum)};
     } else {
-      return mul_rn(level - (0x1p23f + static_cast<float>(row.zero)), row.scale);
+      constexpr bool kHigh = kNibbles && H == 1;
+      const auto zero = static_cast<uint32_t>(affine.zero);
+      Row row = {};
+      if constexpr (kWide) {
+        row.zero = V::twice(static_cast<float>(128 - affine.zero));
+      } else if constexpr (kHigh && T::kIsBF16) {
+        row.zero = V::twice(-0.25f * static_cast<float>(affine.zero));
+      } else if constexpr (kHigh) {
+        row.zero = {(0xd400u + 16 * zero) * 0x00010001u};  // -(64 + zero)
+      } else {
+        row.zero = {(0x8000u + (kMagic & 0xffffu) + zero) * 0x00010001u};
+      }
+      const float scale = affine.scale * (kHigh && T::kIsBF16 ? 4.0f : 1.0f);
+      row.scale = V::twice(scale);
+      if constexpr (F::kHasMinimum) {
+        row.rest = V::twice(affine.minimum);
+      } else if constexpr (kScaleOfTwo) {
+        row.rest = V::twice(scale - row.scale.first());
+      }
+      return row;
     }
   }
-  __device__ __forceinline__ static uint32_t pack(float first, float second) {
-    if constexpr (T::kIsBF16) {
-      const __nv_bfloat162 v = __floats2bfloat162_rn(first, second);
-      return reinterpret_cast<const uint32_t&>(v);
-    } else {
-      const __half2 v = __floats2half2_rn(first, second);
-      return reinterpret_cast<const uint32_t&>(v);
+
+  __device__ __forceinline__ static uint32_t weight(V difference, const PackedRow& row) {
+    if constexpr (F::kHasMinimum) return fma(difference, row.scale, row.rest).bits;
+    if constexpr (kScaleOfTwo) return fma(difference, row.scale, difference * row.rest).bits;
+    return (difference * row.scale).bits;
+  }
+
+  // e: 0 to 3, the byte of `levels`, which becomes the lowest bits of the float 128.
+  template <uint32_t e>
+  __device__ __forceinline__ static float value(uint32_t levels, const Float32Row& row) {
+    return fmaf(__uint_as_float(__byte_perm(levels, 0x43000000u, 0x7044u | e << 8)), row.scale, row.rest);
+  }
+
+  // Nibbles 1 and 5 of the word, less the zero. In f16 they are 16 times the lowest bits of 1024. In bf16, whose
+  // exponent fields 0 and 1 are one linear range, they are multiples of 2^-129 as they stand; a fourth of the
+  // difference results.
+  __device__ __forceinline__ static V high_nibbles(uint32_t word, V zero) {
+    if constexpr (T::kIsBF16) return fma({word & 0x00f000f0u}, {0x7f007f00u}, zero);
+    return fma({ptx::and_or<0x00f000f0u>(word, kMagic)}, {0x2c002c00u}, zero);
+  }
+
+  // Bytes 0 and 2, in two's complement: the low 7 bits, plus 128, minus 128 or 256.
+  __device__ __forceinline__ static V difference_of_bytes(uint32_t word, V zero) {
+    const V qvalue = V{ptx::and_or<0x007f007fu>(word, kMagic)} - V{ptx::and_or<0x00800080u>(word, kMagic)};
+    return F::kGroup == 0 ? qvalue + zero : qvalue;
+  }
+
+  // The 16-bit bits of level - zero of a table's entry.
+  __device__ __forceinline__ static constexpr uint32_t entry_bits(int i) {
+    const int value = F::table(i) - F::kZero;
+    if (value == 0) return 0;
+    const uint32_t magnitude = static_cast<uint32_t>(value < 0 ? -value : value);
+    uint32_t exponent = 0;
+    while (magnitude >> (exponent + 1)) ++exponent;
+    constexpr int kMantissa = T::kIsBF16 ? 7 : 10, kBias = T::kIsBF16 ? 127 : 15;
+    return (value < 0 ? 0x8000u : 0) | (exponent + kBias) << kMantissa |
+           (magnitude << (kMantissa - exponent) & ((1u << kMantissa) - 1));
+  }
+  // Byte `byte` of entries 4i to 4i + 3.
+  __device__ __forceinline__ static constexpr uint32_t entry_bytes(int i, int byte) {
+    uint32_t bytes = 0;
+    for (int e = 0; e < 4; ++e) bytes |= (entry_bits(4 * i + e) >> 8 * byte & 255) << 8 * e;
+    return bytes;
+  }
+
+  // Four entries of the table for as many nibbles of the selectors, a byte each.
+  template <int Byte>
+  __device__ __forceinline__ static uint32_t entries(uint32_t in_half, uint32_t half) {
+    constexpr uint32_t t[4] = {entry_bytes(0, Byte), entry_bytes(1, Byte), entry_bytes(2, Byte), entry_bytes(3, Byte)};
+    return ptx::permute_bytes(ptx::permute_bytes(t[0], t[1], in_half), ptx::permute_bytes(t[2], t[3], in_half), half);
+  }
+
+  // prmt takes its selectors as nibbles, which is what the codes are: of an element of registers 0 to 3 in the word's
+  // low half, and of their second elements in its high half.
+  __device__ __forceinline__ static void look_up(uint32_t (&a)[4], uint32_t word) {
+    const uint32_t in_half = word & 0x77777777u;
+    const uint32_t half = ptx::and_or<0x44444444u>(word >> 1, 0x32103210u);  // byte i of the first eight, or the last
+    const uint32_t first[2] = {entries<0>(in_half, half), entries<1>(in_half, half)};
+    const uint32_t second[2] = {entries<0>(in_half >> 16, half >> 16), entries<1>(in_half >> 16, half >> 16)};
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {  // of registers
+      const uint32_t bytes = pair ? 0x7362u : 0x5140u;
+      const uint32_t firsts = __byte_perm(first[0], first[1], bytes),
+                     seconds = __byte_perm(second[0], second[1], bytes);
+      a[2 * pair] = __byte_perm(firsts, seconds, 0x5410);
+      a[2 * pair + 1] = __byte_perm(firsts, seconds, 0x7632);
     }
   }
 };

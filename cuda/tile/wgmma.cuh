@@ -16,6 +16,11 @@ __device__ __forceinline__ uint64_t swizzled_operand(ptx::SharedAddress first) {
   return kSwizzle128 | kStride | kLeading | (ptx::shared_offset(first) & 0x3ffff) >> 4;
 }
 
+// The same for k-step `step` of the 64. Its low half does not overflow.
+__device__ __forceinline__ uint64_t operand_of_step(uint64_t first, int step) {
+  return (first & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(first) + static_cast<uint32_t>(2 * step));
+}
+
 }  // namespace jax_qgemm
 
 #ifdef JAX_QGEMM_EMULATION
@@ -35,6 +40,12 @@ __device__ __forceinline__ void wgmma_wait(float (&sums)[Sums]) {
   for (int i = 0; i < Sums; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // no use of them moves above the wait
 }
 
+// Until at most kPending of its committed groups are under way, which are the latest.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_but() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
 // Registers of a thread from here on; a whole warpgroup, which has had at most (at least) as many before.
 template <int Count>
 __device__ __forceinline__ void raise_registers() {
@@ -46,11 +57,14 @@ __device__ __forceinline__ void lower_registers() {
 }
 
 #define QG_OUT_4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define QG_OUT_16(i) QG_OUT_4(i), QG_OUT_4(i + 4), QG_OUT_4(i + 8), QG_OUT_4(i + 12)
+#define QG_OUT_8(i) QG_OUT_4(i), QG_OUT_4(i + 4)
+#define QG_OUT_16(i) QG_OUT_8(i), QG_OUT_8(i + 8)
 #define QG_OUT_32(i) QG_OUT_16(i), QG_OUT_16(i + 16)
 #define QG_OUT_64(i) QG_OUT_32(i), QG_OUT_32(i + 32)
 #define QG_OUT_128(i) QG_OUT_64(i), QG_OUT_64(i + 64)
 
+#define QG_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QG_NAMES_16 QG_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define QG_NAMES_32                                                                                                    \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
   "%31"
@@ -71,6 +85,12 @@ __device__ __forceinline__ void lower_registers() {
                : QG_OUT_##SUMS(0)                                                                                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define QG_WGMMA_SIZES(NAME, TYPE)                                                            \
+  __device__ __forceinline__ void NAME(float (&c)[8], const uint32_t (&a)[4], uint64_t b) {   \
+    QG_WGMMA(16, TYPE, 8, "%8,%9,%10,%11", "%12");                                            \
+  }                                                                                           \
+  __device__ __forceinline__ void NAME(float (&c)[16], const uint32_t (&a)[4], uint64_t b) {  \
+    QG_WGMMA(32, TYPE, 16, "%16,%17,%18,%19", "%20");                                         \
+  }                                                                                           \
   __device__ __forceinline__ void NAME(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {  \
     QG_WGMMA(64, TYPE, 32, "%32,%33,%34,%35", "%36");                                         \
   }                                                                                           \
@@ -90,10 +110,13 @@ QG_WGMMA_SIZES(wgmma_bf16, "bf16")
 #undef QG_NAMES_128
 #undef QG_NAMES_64
 #undef QG_NAMES_32
+#undef QG_NAMES_16
+#undef QG_NAMES_8
 #undef QG_OUT_128
 #undef QG_OUT_64
 #undef QG_OUT_32
 #undef QG_OUT_16
+#undef QG_OUT_8
 #undef QG_OUT_4
 
 }  // namespace jax_qgemm::ptx

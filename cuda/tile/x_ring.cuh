@@ -37,9 +37,7 @@ struct XRing {
   __device__ __forceinline__ void start(int passes, int slot_bytes) {
     const bool stays = shape.slots == shape.steps;
     if (stays && shape.steps * slot_bytes <= kXAtOnceBytes) {
-#pragma unroll 1
-      for (int i = 0; i < shape.steps; ++i) load(i, i);
-      ptx::copy_async_commit();
+      load_all();
       ptx::copy_async_wait<0>();
       __syncthreads();
       return;
@@ -50,6 +48,13 @@ struct XRing {
       if (i < to_read) load(i, i);
       ptx::copy_async_commit();
     }
+  }
+
+  // Where all steps have a slot: begins to load them all.
+  __device__ __forceinline__ void load_all() const {
+#pragma unroll 1
+    for (int i = 0; i < shape.steps; ++i) load(i, i);
+    ptx::copy_async_commit();
   }
 
   // Of the whole thread block, before it reads a step, while to_read is not 0.

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from jax_qgemm._build_info import build_info
 from jax_qgemm._registration import require_cuda
 from jax_qgemm._sharding import whole_last_axis
 from jax_qgemm.formats.format import Format
@@ -24,6 +25,7 @@ FLOAT_DTYPES = (jnp.dtype("float16"), jnp.dtype("bfloat16"), jnp.dtype("float32"
 # Which kernels serve which platform; those of no platform serve them all.
 KERNELS: dict[str, tuple[str, ...]] = {
     "gemv": ("cuda",),
+    "gemv_sm90": ("cuda",),
     "gemm_sm80": ("cuda",),
     "gemm_sm90": ("cuda",),
     "host": ("cpu",),
@@ -31,8 +33,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
 }
 
-# Rows of x from which "auto" takes "dense" on a GPU: gemm_sm80 decodes the weight again for every 32 of them, and the
-# transposed product has no tensor-core kernel.
+# Rows of x from which "auto" takes "dense" on a GPU where gemm_sm90 does not serve: gemm_sm80 decodes the weight again
+# for every 32 of them, and the transposed product has no tensor-core kernel.
 DENSE_MIN_ROWS = 256
 DENSE_MIN_ROWS_TRANSPOSED = 16
 
@@ -74,7 +76,7 @@ def result_aval(x: Any, columns: int, dtype: str) -> Any:
 
 
 def gemv_max_rows(dtype: Any) -> int:
-    """Rows of x of that type that gemv serves."""
+    """Rows of x of that type that gemv and gemv_sm90 serve."""
     return 8 if dtype == jnp.float32 else 64
 
 
@@ -84,34 +86,53 @@ def _check_kernel(kernel: str, platform: str) -> None:
         raise ValueError(f"kernel={kernel!r} serves {serves}, but the product is lowered for {platform}")
 
 
-def _check_forced(kernel: str, x: Any, format: Format, batch_ndim: int) -> None:
-    """Raises with every reason why the kernel asked for can't serve, but for those that only the device knows."""
+def _why_not(kernel: str, x: Any, format: Format, batch_ndim: int) -> list[str]:
+    """Every reason why a kernel can't serve a product, but for those that only the device knows."""
     reasons = []
+    sm90 = kernel in ("gemv_sm90", "gemm_sm90")
     rows, most = math.prod(x.shape[batch_ndim:-1]), gemv_max_rows(x.dtype)
-    if kernel == "gemv" and isinstance(rows, int) and rows > most:
+    if kernel in ("gemv", "gemv_sm90") and isinstance(rows, int) and rows > most:
         reasons.append(f"x has {rows} rows of {x.dtype}, more than {most}")
-    if kernel == "gemm_sm90" and x.dtype == jnp.float32:
+    if sm90 and x.dtype == jnp.float32:
         reasons.append("it serves float16 and bfloat16 x")
-    if kernel in ("gemm_sm90", "dense") and x.dtype == jnp.float16 and not format.scales_fit_float16:
+    if (sm90 or kernel == "dense") and x.dtype == jnp.float16 and not format.scales_fit_float16:
         reasons.append("it rounds w to the type of x, and float16 can't hold the scales")
-    if kernel == "gemm_sm90" and isinstance(x.shape[-1], int) and x.shape[-1] % 8:
+    if sm90 and isinstance(x.shape[-1], int) and x.shape[-1] % 8:
         reasons.append(f"k = {x.shape[-1]} is not a multiple of 8")
-    if kernel in ("gemv", "gemm_sm90") and isinstance(format, IntFormat):
+    if (sm90 or kernel == "gemv") and isinstance(format, IntFormat):
         if format.group == 16:
             reasons.append("it serves integer groups of 32 and more")
         if format.scale_dtype == "float32":
             reasons.append("it serves integers with 16-bit scales")
-    if reasons:
+    return reasons
+
+
+def _check_forced(kernel: str, x: Any, format: Format, batch_ndim: int) -> None:
+    if reasons := _why_not(kernel, x, format, batch_ndim):
         raise ValueError(f"kernel={kernel!r} can't serve x {list(x.shape)} with {format}: {'; '.join(reasons)}")
 
 
+@functools.cache
+def _has_gemm_sm90() -> bool:
+    """Whether every GPU of this process is one that gemm_sm90 runs on, and the build has it."""
+    if not any(architecture.startswith("90a") for architecture in build_info().cuda_architectures):
+        return False
+    try:
+        return all(device.compute_capability == "9.0" for device in jax.local_devices(backend="cuda"))
+    except RuntimeError:  # lowered on a machine without a GPU, for one that is not known
+        return False
+
+
 def _dense_pays(x: Any, format: Format, batch_ndim: int, transpose: bool) -> bool:
-    """Whether "auto" takes "dense" on a GPU: many rows through one weight, of a type that holds the decoded weight."""
+    """Whether "auto" takes "dense" on a GPU: many rows through one weight, of a type that holds the decoded weight, and
+    no kernel for them."""
     rows = math.prod(x.shape[:-1])
     # Scales beyond float16 must not be squeezed through it.
     holds = x.dtype == jnp.bfloat16 or (x.dtype == jnp.float16 and format.scales_fit_float16)
     least = DENSE_MIN_ROWS_TRANSPOSED if transpose else DENSE_MIN_ROWS
-    return batch_ndim == 0 and holds and isinstance(rows, int) and rows >= least
+    if batch_ndim != 0 or not holds or not isinstance(rows, int) or rows < least:
+        return False
+    return transpose or not _has_gemm_sm90() or bool(_why_not("gemm_sm90", x, format, batch_ndim))
 
 
 def weight_attributes(format: Format) -> dict[str, Any]:

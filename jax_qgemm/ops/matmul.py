@@ -104,10 +104,11 @@ def matmul(
       out_dtype: float16, bfloat16 or float32; the type of x by default.
       precision: of float32 x. None, DEFAULT and HIGH multiply in TF32-class precision, HIGHEST in full float32; None
         follows `jax.default_matmul_precision`. (On the CPU every product is full float32.)
-      kernel: "auto", or one by name: "gemv" (up to 64 rows of x, 8 of float32), "gemm_sm80" and "gemm_sm90" (on Hopper,
-        16-bit x; not yet part of "auto") on NVIDIA GPUs, "host" on the CPU; anywhere "dense" (rows of w are decoded to
-        the type of x in scratch memory of at most 256 MiB, then XLA's dot), which "auto" takes on GPUs for 256 and more
-        rows of 16-bit x and for derivatives of 16 and more, and "reference" (plain jnp over all of w decoded).
+      kernel: "auto", or one by name: on NVIDIA GPUs "gemv" (up to 64 rows of x, 8 of float32), "gemm_sm80", and on
+        Hopper for 16-bit x "gemv_sm90" (up to 64 rows) and "gemm_sm90"; "host" on the CPU; anywhere "dense" (rows of w
+        are decoded to the type of x in scratch memory of at most 256 MiB, then XLA's dot), which "auto" takes on GPUs
+        for derivatives of 16 and more rows of 16-bit x, and for products of 256 and more that gemm_sm90 does not serve,
+        and "reference" (plain jnp over all of w decoded).
 
     Returns:
       (..., n) of `out_dtype`.

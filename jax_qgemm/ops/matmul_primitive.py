@@ -63,7 +63,7 @@ def _transpose(cotangent, x, *planes, **params):
     if type(cotangent) is ad.Zero:
         return [ad.Zero(x.aval), *none]
     params |= {"transpose": not params["transpose"], "out_dtype": x.aval.dtype.name}
-    if params["kernel"] in ("gemv", "gemm_sm80", "gemm_sm90"):
+    if params["kernel"] in ("gemv", "gemv_sm90", "gemm_sm80", "gemm_sm90"):
         params["kernel"] = "auto"  # they serve the product itself; its derivative has a kernel of its own
     return [qmatmul_p.bind(cotangent, *planes, **params), *none]
 

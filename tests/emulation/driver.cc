@@ -4,20 +4,28 @@
 
 #include <cstring>
 
-CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* base,
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   constexpr uint64_t kMaxSize = uint64_t{1} << 32, kMaxStride = uint64_t{1} << 40;
   bool valid = rank == 2 && reinterpret_cast<uintptr_t>(base) % 16 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
   valid &= strides[0] % 16 == 0 && strides[0] < kMaxStride;
-  valid &= box[0] * 2 <= 128;  // the span of the swizzle
+  const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_INT64 ? 8 : 2;
+  const cuuint32_t box_bytes = box[0] * static_cast<cuuint32_t>(element_bytes);
+  valid &= box_bytes % 16 == 0 && (swizzle == CU_TENSOR_MAP_SWIZZLE_NONE || box_bytes <= 128);
   for (int i = 0; i < 2; ++i) {
     valid &= sizes[i] > 0 && sizes[i] <= kMaxSize && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
   }
   if (!valid) return CUDA_ERROR_INVALID_VALUE;
-  *map = {static_cast<const char*>(base),   static_cast<int64_t>(sizes[0]), static_cast<int64_t>(sizes[1]),
-          static_cast<int64_t>(strides[0]), static_cast<int>(box[0]),       static_cast<int>(box[1])};
+  *map = {static_cast<const char*>(base),
+          static_cast<int64_t>(sizes[0]),
+          static_cast<int64_t>(sizes[1]),
+          static_cast<int64_t>(strides[0]),
+          static_cast<int>(box[0]),
+          static_cast<int>(box[1]),
+          element_bytes,
+          swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   return CUDA_SUCCESS;
 }
 

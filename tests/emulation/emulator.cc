@@ -141,6 +141,7 @@ void sync_cluster() { yield(Wait::kCluster); }
 void poll() { yield(Wait::kPoll); }
 
 void sync_named(int barrier, int threads) {
+  if (barrier < 1 || barrier > 15 || threads % 32 != 0) __builtin_trap();
   running->barrier = barrier;
   running->barrier_threads = threads;
   yield(Wait::kNamed);

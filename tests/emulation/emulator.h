@@ -6,6 +6,8 @@
 #include <functional>
 #include <vector>
 
+#include "tensor_core.h"
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
@@ -17,6 +19,7 @@ namespace emulation {
 struct Copy {
   void* to;
   const void* from;  // nullptr: zeros
+  int bytes;
 };
 
 // A wgmma of a thread: it happens when the thread waits for it, and reads its operands only then.
@@ -34,7 +37,7 @@ struct Thread {
   std::vector<Copy> open;  // not yet committed
   std::deque<std::vector<Copy>> committed;
   std::vector<Wgmma> wgmmas;
-  size_t committed_wgmmas = 0;
+  std::vector<size_t> wgmma_groups;  // committed ones, each by the number of wgmmas up to its end
   int lane() const { return static_cast<int>(index.x % 32); }
 };
 
@@ -60,9 +63,9 @@ extern Launch last_launch;
 
 // What the lanes of a warp show one another in a collective instruction.
 struct WarpExchange {
-  float values[32][6][2];
+  Operand values[32][6][2];
   const void* pointers[32];
-  float columns[256][16];  // of a wgmma's b
+  Operands columns[256];  // of a wgmma's b
 };
 
 WarpExchange& warp_exchange();

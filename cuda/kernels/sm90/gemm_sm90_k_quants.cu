@@ -5,10 +5,10 @@
 
 namespace jax_qgemm {
 
-template const char* launch_gemm_sm90<Q2_K>(const Product&, cudaStream_t);
-template const char* launch_gemm_sm90<Q3_K>(const Product&, cudaStream_t);
-template const char* launch_gemm_sm90<Q4_K>(const Product&, cudaStream_t);
-template const char* launch_gemm_sm90<Q5_K>(const Product&, cudaStream_t);
-template const char* launch_gemm_sm90<Q6_K>(const Product&, cudaStream_t);
+template const char* launch_gemm_sm90<Q2_K>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemm_sm90<Q3_K>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemm_sm90<Q4_K>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemm_sm90<Q5_K>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemm_sm90<Q6_K>(const Product&, cudaStream_t, const char**);
 
 }  // namespace jax_qgemm

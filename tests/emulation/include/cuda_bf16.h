@@ -33,3 +33,19 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(__bfloat162float(a.x) * __bfloat162float(b.x),
                                __bfloat162float(a.y) * __bfloat162float(b.y));
 }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(__bfloat162float(a.x) + __bfloat162float(b.x),
+                               __bfloat162float(a.y) + __bfloat162float(b.y));
+}
+// Rounded to odd in float32 first, so that it is rounded once.
+inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
+  const double sum = static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c);
+  auto rounded = static_cast<float>(sum);
+  if (rounded != sum && (__float_as_uint(rounded) & 1) == 0 && std::isfinite(rounded)) {
+    rounded = std::nextafterf(rounded, sum > rounded ? INFINITY : -INFINITY);
+  }
+  return __float2bfloat16_rn(rounded);
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}

@@ -28,3 +28,18 @@ inline __half2 __float2half2_rn(float f) { return {__float2half_rn(f), __float2h
 // The difference of two halves is exact in float, so this rounds once.
 inline __half __hsub(__half a, __half b) { return __float2half_rn(__half2float(a) - __half2float(b)); }
 inline __half2 __hsub2(__half2 a, __half2 b) { return {__hsub(a.x, b.x), __hsub(a.y, b.y)}; }
+inline __half2 __hadd2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) + __half2float(b.x), __half2float(a.y) + __half2float(b.y));
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
+}
+// In double the product is exact, and the sum as good as that.
+inline __half __hfma(__half a, __half b, __half c) {
+  const double sum = static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c);
+  const auto h = static_cast<_Float16>(sum);
+  __half r;
+  memcpy(&r.bits, &h, sizeof h);
+  return r;
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }

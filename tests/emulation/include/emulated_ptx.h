@@ -4,6 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
+#define __cluster_dims__(...)
+
 namespace jax_qgemm::ptx {
 
 inline void* dynamic_shared() { return emulation::dynamic_shared; }
@@ -25,6 +29,15 @@ uint32_t and_or(uint32_t value, uint32_t bits) {
   return (value & kMask) | bits;
 }
 
+template <bool IsBF16>
+uint32_t twice_saturated(float value) {
+  const float largest = IsBF16 ? 0x1.fep127f : 65504.0f;
+  if (!std::isnan(value)) value = std::min(std::max(value, -largest), largest);
+  return (IsBF16 ? __float2bfloat16_rn(value).bits : __float2half_rn(value).bits) * 0x00010001u;
+}
+
+inline int uniform(int value) { return value; }
+
 inline uint4 load_once(const uint4* p) { return __ldg(p); }
 
 using SharedAddress = const char*;
@@ -40,11 +53,34 @@ inline uint32_t shared_offset(SharedAddress p) {
 
 inline void sync_named(int barrier, int threads) { emulation::sync_named(barrier, threads); }
 
+inline int opaque(int value) { return value; }
+
+template <int kWords>
+void load_shared(uint32_t* out, SharedAddress from) {
+  if (reinterpret_cast<uintptr_t>(from) % (4 * kWords) != 0) __builtin_trap();
+  memcpy(out, from, 4 * kWords);
+}
+inline uint32_t load_shared_half(SharedAddress from) {
+  uint16_t r;
+  if (reinterpret_cast<uintptr_t>(from) % 2 != 0) __builtin_trap();
+  memcpy(&r, from, 2);
+  return r;
+}
+
 inline void copy_async_16(SharedAddress to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) __builtin_trap();
   // Until the copy is done there is garbage.
   memset(const_cast<char*>(to), 0xff, 16);
-  emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr});
+  emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr, 16});
+}
+template <int kBytes>
+void copy_async(SharedAddress to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0) {
+    __builtin_trap();
+  }
+  memset(const_cast<char*>(to), 0xff, kBytes);
+  emulation::current->open.push_back({const_cast<char*>(to), from, kBytes});
 }
 inline void copy_async_commit() {
   emulation::current->committed.push_back(std::move(emulation::current->open));
@@ -56,9 +92,9 @@ void copy_async_wait() {
   for (; committed.size() > kPending; committed.pop_front()) {
     for (const emulation::Copy& copy : committed.front()) {
       if (copy.from) {
-        memcpy(copy.to, copy.from, 16);
+        memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        memset(copy.to, 0, 16);
+        memset(copy.to, 0, copy.bytes);
       }
     }
   }
@@ -67,6 +103,8 @@ void copy_async_wait() {
 inline int cluster_rank() { return emulation::current->rank; }
 inline void cluster_arrive() {}
 inline void cluster_wait() { emulation::sync_cluster(); }
+inline void cluster_sync() { emulation::sync_cluster(); }
+inline void store_shared(float4* to, float4 v, int rank) { *static_cast<float4*>(emulation::shared_of(to, rank)) = v; }
 
 // What a barrier's 64 bits hold here: the phase ends when as many have arrived as were set and no bytes are missing.
 struct Barrier {
@@ -76,6 +114,7 @@ struct Barrier {
 
   bool initialized() const { return arrivals != 0xff; }  // which memory is filled with
   void update() {
+    if (bytes >= 1 << 20 || bytes <= -(1 << 20)) __builtin_trap();  // more than a barrier counts
     if (pending != 0 || bytes != 0) return;
     pending = arrivals;
     ++phase;
@@ -84,6 +123,7 @@ struct Barrier {
 static_assert(sizeof(Barrier) == 8);
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) __builtin_trap();
   const auto count = static_cast<uint8_t>(arrivals);
   *reinterpret_cast<Barrier*>(barrier) = {0, count, count, 0};
 }
@@ -95,8 +135,17 @@ inline void barrier_expect(uint64_t* barrier, int bytes) {
   --b->pending;
   b->update();
 }
+inline void barrier_arrive(uint64_t* barrier) { barrier_expect(barrier, 0); }
 inline void barrier_arrive(uint64_t* barrier, int rank) {
   barrier_expect(static_cast<uint64_t*>(emulation::shared_of(barrier, rank)), 0);
+}
+struct ClusterAddress {
+  void* own;
+  int rank;
+};
+inline ClusterAddress cluster_address(void* p, int rank) { return {p, rank}; }
+inline void barrier_arrive_if(bool on, ClusterAddress barriers, int index) {
+  if (on) barrier_arrive(static_cast<uint64_t*>(barriers.own) + index, barriers.rank);
 }
 inline void barrier_wait(uint64_t* barrier, int parity) {
   while (reinterpret_cast<Barrier*>(barrier)->phase % 2 == parity) {
@@ -105,10 +154,12 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   }
 }
 inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
-inline void store_async(float* to, float value, uint64_t* barrier, int rank) {
-  *static_cast<float*>(emulation::shared_of(to, rank)) = value;
+template <class V>
+void store_async(V* to, V value, uint64_t* barrier, int rank) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(V) != 0) __builtin_trap();
+  *static_cast<V*>(emulation::shared_of(to, rank)) = value;
   auto* b = static_cast<Barrier*>(emulation::shared_of(barrier, rank));
-  b->bytes -= 4;
+  b->bytes -= static_cast<int32_t>(sizeof(V));
   b->update();
 }
 
@@ -127,38 +178,68 @@ inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress shared_row) {
   }
   emulation::sync_warp();
 }
+// The address of the lane's element i of matrix j, transposed: element l / 4 of row 2 (l % 4) + i.
+inline char* transposed_element(int j, int i) {
+  const int lane = emulation::current->lane();
+  const void* row = emulation::warp_exchange().pointers[8 * j + lane % 4 * 2 + i];
+  return static_cast<char*>(const_cast<void*>(row)) + lane / 4 * 2;
+}
+inline void exchange_rows(SharedAddress shared_row) {
+  if (reinterpret_cast<uintptr_t>(shared_row) % 16 != 0) __builtin_trap();
+  emulation::warp_exchange().pointers[emulation::current->lane()] = shared_row;
+  emulation::sync_warp();
+}
+
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], SharedAddress shared_row) {
+  exchange_rows(shared_row);
+  for (int j = 0; j < 4; ++j) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) memcpy(&pair[i], transposed_element(j, i), 2);
+    memcpy(&r[j], pair, 4);
+  }
+  emulation::sync_warp();
+}
+inline void stmatrix_x4_transposed(SharedAddress shared_row, const uint32_t (&r)[4]) {
+  exchange_rows(shared_row);
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      const auto element = static_cast<uint16_t>(r[j] >> (16 * i));
+      memcpy(transposed_element(j, i), &element, 2);
+    }
+  }
+  emulation::sync_warp();
+}
 
 // a: registers 0..3 are (row l/4, k 2(l%4)), (row +8, same k), (row, k + 8), (row + 8, k + 8), two elements each;
 // b: registers 0, 1 are (k 2(l%4), column l/4), (k + 8, same column); c: (row l/4, column 2(l%4)), (same row, column +
 // 1), (row + 8, column), (row + 8, column + 1).
-template <class ToFloat>
-inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, ToFloat to_float) {
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16) {
   auto& exchange = emulation::warp_exchange();
   const int lane = emulation::current->lane();
   const uint32_t registers[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (int i = 0; i < 6; ++i) {
-    for (int half = 0; half < 2; ++half) exchange.values[lane][i][half] = to_float(registers[i] >> (16 * half));
+    for (int half = 0; half < 2; ++half) {
+      exchange.values[lane][i][half] = emulation::operand(registers[i] >> (16 * half), is_bf16);
+    }
   }
   emulation::sync_warp();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double sum = c[i];
+  emulation::Operands rows[2], columns[2];  // of the lane's results
+  for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 16; ++k) {
-      const float a_value = exchange.values[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2][k % 2];
-      const float b_value = exchange.values[column * 4 + k % 8 / 2][4 + k / 8][k % 2];
-      sum += static_cast<double>(a_value) * b_value;
+      rows[i].set(k, exchange.values[lane / 4 * 4 + k % 8 / 2][i + k / 8 * 2][k % 2]);
+      columns[i].set(k, exchange.values[(lane % 4 * 2 + i) * 4 + k % 8 / 2][4 + k / 8][k % 2]);
     }
-    c[i] = static_cast<float>(sum);
   }
+  for (int i = 0; i < 4; ++i) c[i] = emulation::fused_sum(c[i], rows[i / 2], columns[i % 2]);
   emulation::sync_warp();
 }
 
 inline void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma_m16n8k16(c, a, b0, b1, [](uint32_t w) { return __half2float({static_cast<uint16_t>(w)}); });
+  mma_m16n8k16(c, a, b0, b1, false);
 }
 
 inline void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma_m16n8k16(c, a, b0, b1, [](uint32_t w) { return __bfloat162float({static_cast<uint16_t>(w)}); });
+  mma_m16n8k16(c, a, b0, b1, true);
 }
 
 }  // namespace jax_qgemm::ptx

@@ -1,0 +1,13 @@
+// Instantiations of gemv_sm90: codebooks.
+
+#include "formats/formats.cuh"
+#include "kernels/gemv_sm90_launch.cuh"
+
+namespace jax_qgemm {
+
+template const char* launch_gemv_sm90<IQ4_NL>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemv_sm90<IQ4_XS>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemv_sm90<MXFP4>(const Product&, cudaStream_t, const char**);
+template const char* launch_gemv_sm90<NVFP4>(const Product&, cudaStream_t, const char**);
+
+}  // namespace jax_qgemm

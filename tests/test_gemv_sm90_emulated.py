@@ -1,0 +1,212 @@
+"""gemv_sm90: its splits, rings and partial sums, on the CPU by tests/emulation, against float64."""
+
+import itertools
+
+import epilogue_oracle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated import ACTIVATIONS, random_weight, random_x
+
+import jax_qgemm as qg
+from jax_qgemm.formats import FORMAT_NAMES, get_format
+from jax_qgemm.testing import check_product, nmse, product_limit
+
+FORMATS = [
+    *(f for f in FORMAT_NAMES if not f.startswith("int") and f != "mxfp4"),
+    qg.int2(32, symmetric=False),
+    qg.int3(64),
+    qg.int4(128),
+    qg.int4(32, symmetric=False),
+    qg.int4(64, symmetric=False),
+    qg.int4(256),
+    qg.int4(-1, symmetric=False),
+    qg.int8(-1),
+    qg.int8(128, symmetric=False),
+]
+TYPES = ("float16", "bfloat16")
+# Scales that are powers of two, beyond the range of float16, or bfloat16 themselves.
+BFLOAT16_ONLY = ["mxfp4", qg.int4(128, scale_dtype="bfloat16"), qg.int8(32, scale_dtype="bfloat16", symmetric=False)]
+# m, n, k (or a block, where that is larger), multiprocessors, kilobytes of shared memory
+SHAPES = [
+    (9, 130, 1024, 3, 227),
+    (16, 16, 512, 8, 227),
+    (17, 330, 512, 2, 110),
+    (32, 200, 320, 2, 227),
+    (33, 31, 1024, 1, 227),
+    (64, 300, 512, 3, 160),
+    (57, 144, 448, 2, 227),
+]
+
+
+def hopper(multiprocessors, kilobytes=227):
+    return (9, multiprocessors, kilobytes << 10)
+
+
+def memory_at(offset, shape, dtype):
+    """An array whose address is that many elements behind a multiple of 16 bytes."""
+    memory = np.zeros(int(np.prod(shape)) + 16, dtype)
+    first = -memory.ctypes.data % 16 // dtype.itemsize + offset
+    return memory[first : first + int(np.prod(shape))].reshape(shape)
+
+
+def product(emulated, x, w, **options):
+    return emulated.matmul(x, w, kernel="gemv_sm90", **options)
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [*itertools.product(FORMATS, TYPES), *((f, "bfloat16") for f in BFLOAT16_ONLY)],
+    ids=str,
+)
+def test_product(emulated, format, dtype):
+    fmt = get_format(format)
+    for case, (m, n, k, multiprocessors, kilobytes) in enumerate(SHAPES):
+        k = -(-k // fmt.block) * fmt.block
+        w, dense = random_weight(fmt, k, n, case)
+        x, exact = random_x((m, k), dtype, case + 100)
+        with emulated.device(*hopper(multiprocessors, kilobytes)):
+            check_product(product(emulated, x, w), exact, dense, product_limit(dtype))
+
+
+# m, n, k, multiprocessors, kilobytes of shared memory
+SPLIT_SHAPES = [
+    (9, 200, 1024, 16, 227),
+    (12, 420, 512, 2, 227),
+    (33, 140, 512, 1, 130),
+    (16, 140, 1536, 2, 70),
+    (12, 150, 1024, 1, 85),
+    (64, 100, 640, 2, 110),
+]
+
+
+def test_every_split(emulated):
+    """Whatever the estimates say: along rows or k, alone or in clusters, with x that stays or passes through."""
+    seen = []
+    for case, (m, n, k, multiprocessors, kilobytes) in enumerate(SPLIT_SHAPES):
+        w, dense = random_weight(qg.int4(128), k, n, case, batch=1)
+        x, exact = random_x((1, m, k), "float16", case)
+        with emulated.device(*hopper(multiprocessors, kilobytes)):
+            for number in range(100):
+                out = emulated.gemv_sm90_split(number, x, w)
+                if out is None:
+                    break
+                got, split = out
+                check_product(got, exact, dense, product_limit("float16"))
+                seen.append(split)
+    assert {s["rows"] for s in seen} == {s["slices"] for s in seen} == {1, 2, 3, 4}
+    assert {(s["cluster"], s["x_stays"], s["buffers"]) for s in seen} == {
+        (c, stays, buffers) for c in (1, 2) for stays in (False, True) for buffers in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("k", [8, 200, 264, 1096])
+def test_k_that_is_no_multiple_of_anything(emulated, k, dtype):
+    """Weights behind k are padding, with a scale of the channel's own; x is zero there."""
+    for format in (qg.int8(-1), qg.int4(-1, symmetric=False)):
+        w, dense = random_weight(format, k, 40, 0)
+        for m in (9, 40):
+            x, exact = random_x((m, k), dtype, 1)
+            check_product(product(emulated, x, w), exact, dense, product_limit(dtype))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 6])
+@pytest.mark.parametrize("format", ["q4_0", "q4_k", qg.int4(128)], ids=str)
+def test_batch(emulated, format, multiprocessors):
+    with emulated.device(*hopper(multiprocessors)):
+        for m, n, k in ((10, 300, 512), (20, 40, 256), (64, 130, 768)):
+            w, dense = random_weight(format, k, n, 0, batch=3)
+            x, exact = random_x((3, m, k), "bfloat16", 1)
+            check_product(product(emulated, x, w), exact, dense, product_limit("bfloat16"))
+
+
+def test_results_do_not_depend_on_the_tokens_around(emulated):
+    """Bitwise the same for a row of x, alone or among others, and twice."""
+    w, _ = random_weight("q6_k", 512, 300, 0)
+    x, _ = random_x((16, 512), "float16", 0)
+    first = product(emulated, x, w)
+    assert np.array_equal(product(emulated, x, w), first)
+    assert np.array_equal(product(emulated, x[:9], w), first[:9])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("m", "n", "aligned", "gated"),
+    [
+        (9, 160, True, False),
+        (20, 160, True, True),
+        (64, 96, True, True),
+        (40, 96, False, False),
+        (13, 96, False, True),
+        (64, 61, True, False),
+    ],
+)
+def test_epilogue(emulated, m, n, aligned, gated, activation):
+    """Four results at a time, or one where n or an address is no multiple of that."""
+    rng = np.random.default_rng(0)
+    k = 256
+    w, dense = random_weight("q8_0", k, n, 0, batch=2)
+    x, exact = random_x((2, m, k), "bfloat16", 1)
+    columns = n // 2 if gated else n
+    bias, scale = rng.standard_normal((2, n)).astype(np.float16), np.asarray([0.25, 0.5], np.float32)
+    parts = {"activation": activation, "scale": scale[:, None, None]}
+    if gated:
+        tiles, biases = dense.reshape(2, k, n // 32, 2, 16), bias.astype(np.float64).reshape(2, 1, n // 32, 2, 16)
+        expected = epilogue_oracle.gated(
+            exact,
+            [tiles[..., i, :].reshape(2, k, columns) for i in range(2)],
+            bias=[biases[..., i, :].reshape(2, 1, columns) for i in range(2)],
+            **parts,
+        )
+    else:
+        expected = epilogue_oracle.fused(exact, dense, bias=bias.astype(np.float64)[:, None], **parts)
+    for dtype in ("float16", "bfloat16", "float32"):
+        residual = memory_at(0 if aligned else 2, (2, m, columns), jnp.dtype(dtype))
+        residual[...] = rng.standard_normal(residual.shape)
+        got = product(emulated, x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
+        assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+
+
+def test_infinite_and_nan_rows_stay_alone(emulated):
+    w, dense = random_weight("q4_1", 96, 20, 3)
+    for dtype in TYPES:
+        x, exact = random_x((30, 96), dtype, 4)
+        x = x.at[1, 7].set(np.inf).at[28, 9].set(np.nan)
+        got = product(emulated, x, w)
+        assert not np.isfinite(got[[1, 28]]).any()
+        kept = np.delete(np.arange(30), [1, 28])
+        check_product(got[kept], exact[kept], dense, product_limit(dtype))
+
+
+@pytest.mark.parametrize(
+    ("format", "m", "k", "dtype", "reason"),
+    [
+        ("q4_0", 16, 128, "float32", "float32 x"),
+        ("q4_0", 65, 128, "float16", "more than 64 rows"),
+        (qg.int8(-1), 16, 60, "float16", "multiple of 8"),
+        (qg.int4(16), 16, 128, "float16", "groups of 16"),
+        (qg.int4(scale_dtype="float32"), 16, 128, "bfloat16", "float32 scales"),
+        *((f, 16, 128, "float16", "scales that float16 does not hold") for f in BFLOAT16_ONLY),
+    ],
+    ids=str,
+)
+def test_says_why_it_refuses(emulated, format, m, k, dtype, reason):
+    w, _ = random_weight(format, k, 16, 0)
+    x, _ = random_x((m, k), dtype, 1)
+    with pytest.raises(RuntimeError, match=reason):
+        product(emulated, x, w)
+
+
+def test_refuses_x_that_is_not_aligned(emulated):
+    w, _ = random_weight("q4_0", 64, 16, 0)
+    with pytest.raises(RuntimeError, match="aligned to 16 bytes"):
+        product(emulated, memory_at(1, (16, 64), np.dtype(np.float16)), w)
+
+
+def test_refuses_other_gpus(emulated):
+    w, _ = random_weight("q4_0", 64, 16, 0)
+    x, _ = random_x((16, 64), "float16", 1)
+    for major in (8, 10):
+        with emulated.device(major, 3, 227 << 10), pytest.raises(RuntimeError, match=r"compute capability 9\.0"):
+            product(emulated, x, w)
