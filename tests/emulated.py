@@ -45,8 +45,8 @@ def pointer(array: np.ndarray | None) -> int | None:
 class Emulated:
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        library = self._library
-        for function in (library.emulated_matmul, library.emulated_dequantize, library.emulated_gemv_sm90_split):
+        for name in ("emulated_matmul", "emulated_dequantize", "emulated_gemv_sm90_split"):
+            function = getattr(self._library, name)
             function.restype = ctypes.c_char_p
 
     @contextlib.contextmanager

@@ -39,8 +39,9 @@ struct StageCopier {
   // A stage whose second half does not exist is possible.
   static constexpr bool kHasHalves = F::kKBlock != kStageOf<F>;
 
-  // Bytes of a plane: of a tile of codes, or of a block's values for one pair of rows.
-  static constexpr int unit_bytes(int plane) {
+  // Bytes of a plane: of a tile of codes, or of a block's values for one pair of rows. consteval: the table of planes
+  // is the host's, and nvcc compiles a read of it at run time to a trap, without a word.
+  static consteval int unit_bytes(int plane) {
     if (plane < kCodePlanes) return 128 * (plane == 0 ? F::kLowBits : F::kHighBits);
     if constexpr (F::kGroup == 0) {
       const int pairs = G::kSteps == 2 ? 2 : 1;
@@ -49,7 +50,7 @@ struct StageCopier {
       return F::kKBlock / F::kPlanes[plane].group * F::kPlanes[plane].bits / 4;
     }
   }
-  static constexpr int stage_bytes(int plane) {
+  static consteval int stage_bytes(int plane) {
     return plane < kCodePlanes ? kStageTiles<F> * unit_bytes(plane) : kBlocks * 8 * unit_bytes(plane);
   }
 
