@@ -1,7 +1,9 @@
-"""Tests marked `gpu` are skipped, with what is missing as the reason, where they cannot run; shared fixtures."""
+"""Tests marked `gpu` are skipped, with what is missing as the reason, where they cannot run; all others run on the CPU,
+whatever the machine has; shared fixtures."""
 
+import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import emulated as emulation
 import jax
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"the tests marked gpu were asked for; running them {missing}")
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason=missing))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    stays = jax.default_backend() == "cpu" or item.get_closest_marker("gpu")
+    with contextlib.nullcontext() if stays else jax.default_device(jax.devices("cpu")[0]):
+        return (yield)
 
 
 @pytest.fixture(params=qg.build_info().host_instruction_sets)

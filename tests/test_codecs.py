@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_qgemm.formats import GGUF_FORMATS, QTensor, get_format, gguf_format, int4
+from jax_qgemm.formats.format import exact_divide
 
 NAMES = tuple(GGUF_FORMATS)
 
@@ -162,3 +163,19 @@ def test_formats_are_found_by_name():
         assert str(get_format(name)) == name
     assert get_format("int4") == int4(128)
     assert get_format(int4(64)) == int4(64)
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_division_is_rounded_once(jit):
+    """Of any two float32, subnormal ones and those whose quotient is, too; by a constant and by an array."""
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 1 << 32, (2, 100_000)).astype(np.uint32).view(np.float32)
+    subnormal = rng.integers(0, 1 << 23, 100_000).astype(np.uint32).view(np.float32)
+    normal = rng.standard_normal((2, 100_000)).astype(np.float32)
+    divide = jax.jit(exact_divide) if jit else exact_divide
+    for value, divisor in ((*anything,), (*normal,), (normal[0], 127.0), (subnormal, normal[0]), (1.0, normal[1])):
+        with np.errstate(all="ignore"):
+            expected = np.asarray(np.float32(value) / np.float32(divisor))
+        got = np.asarray(divide(value, divisor))
+        same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
+        assert same.all()

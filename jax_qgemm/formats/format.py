@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jax_qgemm.formats import layout
 
@@ -220,12 +221,49 @@ def uncontracted(product: jax.Array) -> jax.Array:
     return jnp.where(product == product, product, jnp.nan)
 
 
-def exact_divide(value: jax.Array, divisor: jax.Array | float) -> jax.Array:
-    """value / divisor with one rounding. XLA turns a division by a constant, or by a broadcast array, into a
-    product with the reciprocal; by a divisor that depends on the element it must divide."""
-    return value / jnp.where(value == value, jnp.asarray(divisor, jnp.float32), 1.0)
+def exact_divide(value: ArrayLike, divisor: ArrayLike) -> jax.Array:
+    """float32 value / divisor, rounded once to nearest, ties to even, whatever the backend: on GPUs XLA's own division
+    is off by up to two units in the last place, and everywhere it turns one by a constant into a product."""
+    value, divisor = jnp.broadcast_arrays(jnp.float32(value), jnp.float32(divisor))
+    top, top_exponent = _significand(value)
+    bottom, bottom_exponent = _significand(divisor)
+    # Long division, eight bits at a time, of a top of which bottom goes in once.
+    smaller = top < bottom
+    top = jnp.where(smaller, 2 * top, top)
+    exponent = top_exponent - bottom_exponent - smaller
+    rest, quotient = top - bottom, jnp.uint32(1)
+    for _ in range(3):
+        rest = rest << 8
+        quotient = quotient << 8 | rest // bottom
+        rest = rest % bottom
+    # 25 bits: one to round by, or more where the result is subnormal.
+    dropped = (1 + jnp.clip(-126 - exponent, 0, 25)).astype(jnp.uint32)
+    kept, half = quotient >> dropped, jnp.uint32(1) << (dropped - 1)
+    below = quotient & (2 * half - 1)
+    kept = kept + ((below > half) | ((below == half) & ((rest != 0) | (kept & 1 != 0))))
+    bits = kept + (jnp.maximum(exponent + 126, 0).astype(jnp.uint32) << 23)
+    bits = jnp.where(exponent > 127, jnp.uint32(0x7F800000), bits)
+    # By their bits: threads of XLA take subnormal numbers for zeros.
+    value_bits, divisor_bits = (lax.bitcast_convert_type(v, jnp.uint32) for v in (value, divisor))
+    exact = lax.bitcast_convert_type(bits | ((value_bits ^ divisor_bits) & jnp.uint32(0x80000000)), jnp.float32)
+    is_plain = [(v & 0x7FFFFFFF != 0) & (v & 0x7F800000 != 0x7F800000) for v in (value_bits, divisor_bits)]
+    return jnp.where(is_plain[0] & is_plain[1], exact, value / divisor)
+
+
+def _significand(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint32 m in [2**23, 2**24) and int32 e, |value| = m * 2**(e - 23); anything where value is 0 or not finite."""
+    bits = lax.bitcast_convert_type(value, jnp.uint32) & 0x7FFFFFFF
+    shift = jnp.maximum(lax.clz(bits | 1).astype(jnp.int32) - 8, 0)
+    subnormal = bits < 0x800000
+    significand = jnp.where(subnormal, bits << shift.astype(jnp.uint32), bits & 0x7FFFFF) | 0x800000
+    return significand, jnp.where(subnormal, -126 - shift, (bits >> 23).astype(jnp.int32) - 127)
+
+
+def exact_reciprocal(d: jax.Array) -> jax.Array:
+    """1 / d rounded once, and 0 where d is 0 (ggml's `id = d ? 1/d : 0`)."""
+    return jnp.where(d == 0, 0.0, exact_divide(1.0, jnp.where(d == 0, 1.0, d)))
 
 
 def safe_reciprocal(d: jax.Array) -> jax.Array:
-    """1 / d, and 0 where d is 0 (ggml's `id = d ? 1/d : 0`)."""
+    """About 1 / d, and 0 where d is 0."""
     return jnp.where(d == 0, 0.0, 1.0 / jnp.where(d == 0, 1.0, d))

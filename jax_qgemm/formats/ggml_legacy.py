@@ -28,9 +28,9 @@ from jax_qgemm.formats.format import (
     GGUFFormat,
     GroupPlane,
     exact_divide,
+    exact_reciprocal,
     f16_to_f32,
     f32_to_f16,
-    safe_reciprocal,
     uncontracted,
 )
 
@@ -63,14 +63,14 @@ class LegacyFormat(GGUFFormat):
         if self.has_minimum:
             low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
             d = exact_divide(high - low, top)
-            scaled = (blocks - low[..., None]) * safe_reciprocal(d)[..., None]
+            scaled = (blocks - low[..., None]) * exact_reciprocal(d)[..., None]
             rounding = jnp.float32(0.5)
         else:
             # The element of largest magnitude, the first of equals, is mapped to code 0.
             index = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
             low = None
             d = jnp.take_along_axis(blocks, index, axis=-1)[..., 0] / -self._zero
-            scaled = blocks * safe_reciprocal(d)[..., None]
+            scaled = blocks * exact_reciprocal(d)[..., None]
             rounding = jnp.float32(self._zero + 0.5)
         rounded = jnp.trunc(uncontracted(scaled) + rounding)
         codes = jnp.clip(rounded, 0, top).astype(jnp.uint8).reshape(w.shape)
@@ -130,7 +130,7 @@ def absmax_int8(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 (..., size) codes round(x / d) and float32 (...,) d = max|x| / 127, as ggml's
     quantize_row_q8_0_ref has them: x is multiplied by the rounded 1 / d."""
     d = exact_divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
-    scaled = uncontracted(blocks * safe_reciprocal(d)[..., None])
+    scaled = uncontracted(blocks * exact_reciprocal(d)[..., None])
     return jnp.clip(round_away(scaled), -128, 127).astype(jnp.int8), d
 
 
