@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, c
   struct Position {
     int block, row, stage;
   };
-  Position ahead = {first_block, first_block * c.row_tiles + row_tile, first_stage + slice};
+  const bool has_stages = first_stage + slice < end_stage;
+  Position ahead = {has_stages ? first_block : s.row_blocks, first_block * c.row_tiles + row_tile, first_stage + slice};
   StageCopier<F, G> copier(weight, batch * s.tile_rows + (ahead.row < s.tile_rows ? ahead.row : 0), s.k_tiles,
                            s.k_blocks, lane);
   char* const ring = shared + s.rings + warp * s.ring_bytes;
