@@ -1,15 +1,17 @@
 """gemm_sm90, its wgmma and its copies of x, on the CPU by tests/emulation, against float64."""
 
-import epilogue_oracle
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated import ACTIVATIONS, random_weight, random_x
+from sm90_checks import check_epilogue, check_rows_stay_alone, memory_at
 from test_gemm_sm90 import SHAPES as GPU_SHAPES
 
 import jax_qgemm as qg
 from jax_qgemm.formats import FORMAT_NAMES, IntFormat, get_format
-from jax_qgemm.testing import check_product, nmse, product_limit
+from jax_qgemm.testing import check_product, product_limit
 
 FORMATS = [
     *(f for f in FORMAT_NAMES if not f.startswith("int")),
@@ -39,13 +41,6 @@ SHAPES = [
 
 def hopper(multiprocessors):
     return (9, multiprocessors, 227 << 10)
-
-
-def memory_at(offset, shape, dtype):
-    """An array whose address is that many elements behind a multiple of 16 bytes."""
-    memory = np.zeros(int(np.prod(shape)) + 16, dtype)
-    first = -memory.ctypes.data % 16 // dtype.itemsize + offset
-    return memory[first : first + int(np.prod(shape))].reshape(shape)
 
 
 def product(emulated, x, w, **options):
@@ -135,29 +130,7 @@ def test_two_runs_agree_to_the_bit(emulated, m):
     ],
 )
 def test_epilogue(emulated, m, n, aligned, gated, activation):
-    """Four results at a time, or one where n or an address is no multiple of that."""
-    rng = np.random.default_rng(0)
-    k = 256
-    w, dense = random_weight("q8_0", k, n, 0, batch=2)
-    x, exact = random_x((2, m, k), "bfloat16", 1)
-    columns = n // 2 if gated else n
-    bias, scale = rng.standard_normal((2, n)).astype(np.float16), np.asarray([0.25, 0.5], np.float32)
-    parts = {"activation": activation, "scale": scale[:, None, None]}
-    if gated:
-        tiles, biases = dense.reshape(2, k, n // 32, 2, 16), bias.astype(np.float64).reshape(2, 1, n // 32, 2, 16)
-        expected = epilogue_oracle.gated(
-            exact,
-            [tiles[..., i, :].reshape(2, k, columns) for i in range(2)],
-            bias=[biases[..., i, :].reshape(2, 1, columns) for i in range(2)],
-            **parts,
-        )
-    else:
-        expected = epilogue_oracle.fused(exact, dense, bias=bias.astype(np.float64)[:, None], **parts)
-    for dtype in ("float16", "bfloat16", "float32"):
-        residual = memory_at(0 if aligned else 2, (2, m, columns), jnp.dtype(dtype))
-        residual[...] = rng.standard_normal(residual.shape)
-        got = product(emulated, x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
-        assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+    check_epilogue(functools.partial(product, emulated), m, n, aligned, gated, activation)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -198,14 +171,8 @@ def test_types_of_the_result(emulated, n, out_dtype):
 
 
 def test_infinite_and_nan_rows_stay_alone(emulated):
-    w, dense = random_weight("q4_1", 96, 20, 3)
     for dtype in TYPES:
-        x, exact = random_x((70, 96), dtype, 4)
-        x = x.at[1, 7].set(np.inf).at[68, 9].set(np.nan)
-        got = product(emulated, x, w)
-        assert not np.isfinite(got[[1, 68]]).any()
-        kept = np.delete(np.arange(70), [1, 68])
-        check_product(got[kept], exact[kept], dense, product_limit(dtype))
+        check_rows_stay_alone(functools.partial(product, emulated), 70, dtype)
 
 
 @pytest.mark.parametrize(

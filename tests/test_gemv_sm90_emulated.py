@@ -1,16 +1,16 @@
 """gemv_sm90: its splits, rings and partial sums, on the CPU by tests/emulation, against float64."""
 
+import functools
 import itertools
 
-import epilogue_oracle
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated import ACTIVATIONS, random_weight, random_x
+from sm90_checks import check_epilogue, check_rows_stay_alone, memory_at
 
 import jax_qgemm as qg
 from jax_qgemm.formats import FORMAT_NAMES, get_format
-from jax_qgemm.testing import check_product, nmse, product_limit
+from jax_qgemm.testing import check_product, product_limit
 
 FORMATS = [
     *(f for f in FORMAT_NAMES if not f.startswith("int") and f != "mxfp4"),
@@ -41,13 +41,6 @@ SHAPES = [
 
 def hopper(multiprocessors, kilobytes=227):
     return (9, multiprocessors, kilobytes << 10)
-
-
-def memory_at(offset, shape, dtype):
-    """An array whose address is that many elements behind a multiple of 16 bytes."""
-    memory = np.zeros(int(np.prod(shape)) + 16, dtype)
-    first = -memory.ctypes.data % 16 // dtype.itemsize + offset
-    return memory[first : first + int(np.prod(shape))].reshape(shape)
 
 
 def product(emulated, x, w, **options):
@@ -143,40 +136,12 @@ def test_results_do_not_depend_on_the_tokens_around(emulated):
     ],
 )
 def test_epilogue(emulated, m, n, aligned, gated, activation):
-    """Four results at a time, or one where n or an address is no multiple of that."""
-    rng = np.random.default_rng(0)
-    k = 256
-    w, dense = random_weight("q8_0", k, n, 0, batch=2)
-    x, exact = random_x((2, m, k), "bfloat16", 1)
-    columns = n // 2 if gated else n
-    bias, scale = rng.standard_normal((2, n)).astype(np.float16), np.asarray([0.25, 0.5], np.float32)
-    parts = {"activation": activation, "scale": scale[:, None, None]}
-    if gated:
-        tiles, biases = dense.reshape(2, k, n // 32, 2, 16), bias.astype(np.float64).reshape(2, 1, n // 32, 2, 16)
-        expected = epilogue_oracle.gated(
-            exact,
-            [tiles[..., i, :].reshape(2, k, columns) for i in range(2)],
-            bias=[biases[..., i, :].reshape(2, 1, columns) for i in range(2)],
-            **parts,
-        )
-    else:
-        expected = epilogue_oracle.fused(exact, dense, bias=bias.astype(np.float64)[:, None], **parts)
-    for dtype in ("float16", "bfloat16", "float32"):
-        residual = memory_at(0 if aligned else 2, (2, m, columns), jnp.dtype(dtype))
-        residual[...] = rng.standard_normal(residual.shape)
-        got = product(emulated, x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
-        assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+    check_epilogue(functools.partial(product, emulated), m, n, aligned, gated, activation)
 
 
 def test_infinite_and_nan_rows_stay_alone(emulated):
-    w, dense = random_weight("q4_1", 96, 20, 3)
     for dtype in TYPES:
-        x, exact = random_x((30, 96), dtype, 4)
-        x = x.at[1, 7].set(np.inf).at[28, 9].set(np.nan)
-        got = product(emulated, x, w)
-        assert not np.isfinite(got[[1, 28]]).any()
-        kept = np.delete(np.arange(30), [1, 28])
-        check_product(got[kept], exact[kept], dense, product_limit(dtype))
+        check_rows_stay_alone(functools.partial(product, emulated), 30, dtype)
 
 
 @pytest.mark.parametrize(

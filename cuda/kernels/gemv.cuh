@@ -31,10 +31,6 @@ struct GemvConfig {
 template <class F>
 constexpr int kGemvMaxWarps = kStageOf<F> > 128 ? 20 : 24;
 
-// Stages of a warp under way: about 4 KB.
-template <class F>
-constexpr int kGemvDepth = std::clamp(32 / ((F::kLowBits + F::kHighBits) * kStageTiles<F>), 2, 4);
-
 // What follows from a product and a split of it. The host computes it, so that the kernel finds it all in constant
 // memory.
 struct GemvSizes {
@@ -147,7 +143,7 @@ __device__ __forceinline__ void multiply_few(float (&sums)[4], const Weight& wei
 template <class F, class T, class G>
 __global__ void __launch_bounds__(32 * kGemvMaxWarps<F>) gemv(const Product p, const GemvConfig c, const GemvSizes s) {
   using A = AOperand<F, T, false>;
-  constexpr int kStage = kStageOf<F>, kChunks = kStage / kTileK, kDepth = kGemvDepth<F>;
+  constexpr int kStage = kStageOf<F>, kChunks = kStage / kTileK, kDepth = kCopyDepth<F>;
   const Weight weight = with_grouping<F, G>(p.w);
   // Opaque: the compiler would compute it, and what follows from it, again and again in the loop.
   const int lane = ptx::opaque(static_cast<int>(threadIdx.x) % 32);

@@ -31,7 +31,7 @@ GemvShape gemv_shape(const Product& p) {
           p.k,
           kStageOf<F>,
           lane_stage_bytes<F>(p.w),
-          kGemvDepth<F>,
+          kCopyDepth<F>,
           G::kSteps,
           stored_bits<F>(p.w),
           kGemvMaxWarps<F>,

@@ -17,16 +17,12 @@
 
 namespace jax_qgemm {
 
-// Stages of a warp under way: about 4 KB.
-template <class F>
-constexpr int kGemvSm90Depth = std::clamp(32 / ((F::kLowBits + F::kHighBits) * kStageTiles<F>), 2, 4);
-
 template <class F, class T, int Tokens, class G>
 __global__ void __launch_bounds__(128 * kGemvSm90Warpgroups, 1)
     gemv_sm90(const Product p, const GemvSm90Sizes s, const __grid_constant__ CUtensorMap x_map) {
   using Slots = XSlots<Tokens>;
   using Operand = ValueOperand<F, T>;
-  constexpr int kTiles = kStageTiles<F>, kPieces = kTiles / Slots::kTiles, kDepth = kGemvSm90Depth<F>;
+  constexpr int kTiles = kStageTiles<F>, kPieces = kTiles / Slots::kTiles, kDepth = kCopyDepth<F>;
   const GemvSm90Config& c = s.config;
   Weight weight = with_grouping<F, G>(p.w);
   if constexpr (!T::kIsBF16) weight.scale_type = ScaleType::kF16;  // others are refused

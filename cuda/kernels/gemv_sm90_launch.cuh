@@ -39,7 +39,7 @@ GemvSm90Shape gemv_sm90_shape(const Product& p) {
           p.k,
           kStageOf<F>,
           lane_stage_bytes<F>(p.w),
-          kGemvSm90Depth<F>,
+          kCopyDepth<F>,
           Tokens,
           stored_bits<F>(p.w)};
 }

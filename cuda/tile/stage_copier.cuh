@@ -2,9 +2,15 @@
 // is under way takes no registers, and is waited for in its order.
 #pragma once
 
+#include <algorithm>
+
 #include "tile/lane_stage.cuh"
 
 namespace jax_qgemm {
+
+// Stages of a warp under way: about 4 KB.
+template <class F>
+constexpr int kCopyDepth = std::clamp(32 / ((F::kLowBits + F::kHighBits) * kStageTiles<F>), 2, 4);
 
 // How the groups of a format lie over k: k-steps of 16 that share a scale, at most those of 128 k, and whether there
 // are zero points. Both are run-time values of integer formats alone; kernels that count instructions have them as
