@@ -44,6 +44,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
 
 
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA's own compilers, for what must be equal to the bit on each."""
+    with jax.default_device(jax.devices(request.param)[0]):
+        yield
+
+
 @pytest.fixture(params=qg.build_info().host_instruction_sets)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that the CPU kernels were built for, in use."""

@@ -9,6 +9,8 @@ import pytest
 from jax_qgemm.formats import activations
 from jax_qgemm.formats.activations import QActivations, q8_1_from_bytes, q8_1_to_bytes, quantize_activations
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 F32 = np.float32
 
 

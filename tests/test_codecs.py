@@ -10,6 +10,8 @@ import pytest
 from jax_qgemm.formats import GGUF_FORMATS, QTensor, get_format, gguf_format, int4
 from jax_qgemm.formats.format import exact_divide
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 NAMES = tuple(GGUF_FORMATS)
 
 

@@ -13,6 +13,8 @@ import pytest
 from jax_qgemm.formats import GGUF_FORMATS, get_format, int2, int3, int4, int8, quantize
 from jax_qgemm.formats.integer import GROUP_SIZES, SCALE_DTYPES
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 EXACT = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 SEARCHED = {  # NMSE of ggml's own quantizers on N(0, 1)
     "q2_k": 8.8e-2, "q3_k": 2.28e-2, "q4_k": 5.08e-3, "q5_k": 1.30e-3, "q6_k": 3.14e-4,

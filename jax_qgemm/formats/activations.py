@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from jax_qgemm.formats.bits import as_u16, flat, in_blocks, low_bytes
-from jax_qgemm.formats.format import exact_divide, f32_to_f16
+from jax_qgemm.formats.format import exact_divide, f32_to_f16, rounded
 from jax_qgemm.formats.ggml_legacy import absmax_int8, round_away
 
 BLOCK = 32
@@ -77,7 +77,7 @@ def quantize_activations(x: Any, format: str = "q8_1") -> QActivations:
     if format != "q8_1":
         raise ValueError(f"unknown activation format {format!r}; known formats: q8_1")
     codes, d = absmax_int8(_checked_groups(x))
-    return QActivations(flat(codes), d.astype(jnp.float16), _sums(codes))
+    return QActivations(flat(codes), rounded(d, jnp.float16), _sums(codes))
 
 
 def q8_1_to_bytes(x: Any, convention: Convention) -> jax.Array:
@@ -110,7 +110,7 @@ def q8_1_to_bytes(x: Any, convention: Convention) -> jax.Array:
             low, high = jnp.split(groups, 2, axis=-1)
             groups = low + high
         s = groups[..., 0]
-    scales = lax.bitcast_convert_type(d.astype(jnp.float16), jnp.uint16)
+    scales = lax.bitcast_convert_type(rounded(d, jnp.float16), jnp.uint16)
     parts = [low_bytes(scales), low_bytes(f32_to_f16(s)[0])]
     return flat(jnp.concatenate([*parts, lax.bitcast_convert_type(codes, jnp.uint8)], axis=-1))
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_qgemm.formats import layout
 
@@ -210,9 +211,17 @@ def f16_to_f32(bits: jax.Array) -> jax.Array:
 def f32_to_f16(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """uint16 bits of float32 values rounded to float16 and clamped to +-65504, and whether any was clamped."""
     limit = jnp.float32(65504.0)
-    half = jnp.clip(value, -limit, limit).astype(jnp.float16)
+    half = rounded(jnp.clip(value, -limit, limit), jnp.float16)
     overflow = jnp.any(jnp.abs(value) >= 65520.0)  # the first value that rounds to infinity
     return lax.bitcast_convert_type(half, jnp.uint16), overflow
+
+
+def rounded(value: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 values in float16 or bfloat16, rounded for good. Of a plain conversion, XLA keeps nothing on GPUs where
+    one back to float32 follows (`xla_allow_excess_precision`), though bits were taken in between; a select stops it."""
+    bits = lax.bitcast_convert_type(value.astype(dtype), jnp.uint16)
+    quiet_nan = np.array(np.nan, dtype).view(np.uint16)
+    return lax.bitcast_convert_type(jnp.where(jnp.isnan(value), quiet_nan, bits), dtype)
 
 
 def uncontracted(product: jax.Array) -> jax.Array:

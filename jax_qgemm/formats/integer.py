@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_qgemm.formats.format import CodePlane, Fields, Format, GroupPlane
+from jax_qgemm.formats.format import CodePlane, Fields, Format, GroupPlane, rounded
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
@@ -92,7 +92,8 @@ class IntFormat(Format):
         if self.scale_dtype != "float16":
             limit /= levels // 2 if self.symmetric else levels
         overflow = jnp.any(scale > limit)
-        stored = jnp.minimum(scale, limit).astype(self.scale_dtype)
+        scale = jnp.minimum(scale, limit)
+        stored = scale if self.scale_dtype == "float32" else rounded(scale, self.scale_dtype)
         scale = stored.astype(jnp.float32)
         divisor = jnp.where(scale == 0, 1.0, scale)
         zero = jnp.zeros_like(scale) if self.symmetric else jnp.clip(jnp.round(-low / divisor), 0, levels - 1)
