@@ -90,6 +90,7 @@ bench-gpu: $(state)/installed-bench,$(EXTRAS)
 	    "matmul --formats int4,q4_0 --m all --shapes 4096x4096 --baseline-m none --name matmul-all-m" \
 	    "matmul --shapes untuned --formats int4,q4_0,q4_k --m 1,8,32 --baseline-m 1 --name matmul-untuned" \
 	    "matmul --dtype bfloat16 --formats int4,q4_k --baseline-m none --name matmul-bf16" \
+	    "matmul --dtype bfloat16 --formats int4,q4_0,q4_k,q8_0 --m 128,512,2048 --baseline-m 128,512,2048 --name matmul-prefill" \
 	    "matmul --formats int4,int4:32,int4:-1,int8,int8:-1 --m 1,8,32 --baseline-m none --name matmul-groups" \
 	    "verify" \
 	    "report"; do \

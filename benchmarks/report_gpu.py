@@ -57,6 +57,21 @@ def formats(results: Results) -> str:
     return markdown(("n x k", "m", *names), rows) + source(results) + _note(results)
 
 
+def prefill(results: Results) -> str:
+    """Each format against XLA's product of the dense weight, many rows; microseconds."""
+    kinds = list(dict.fromkeys(r["kind"] for r in results["rows"]))
+    names = [k for k in kinds if not k.startswith("xla_")]
+    rows = []
+    for (n, k, m), of in _cells(results).items():
+        dense = of.get("xla_bf16")
+        cells = [f"{dense['us']:.1f}" if dense else ""]
+        for name in names:
+            ratio = f" ({dense['us'] / of[name]['us']:.2f})" if dense and name in of else ""
+            cells.append(f"{of[name]['us']:.1f}{ratio}" if name in of else "")
+        rows.append((f"{n} x {k}", str(m), *cells))
+    return markdown(("n x k", "m", "XLA bf16", *names), rows) + source(results) + _note(results)
+
+
 def neighbours(results: Results) -> str:
     """The steepest step between neighbouring m, for each shape and format."""
     times: dict[tuple[int, int, str], dict[int, float]] = {}
@@ -157,6 +172,7 @@ _FILES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "int4": ("matmul", int4),
     "formats": ("matmul", formats),
     "untuned": ("matmul-untuned", formats),
+    "prefill": ("matmul-prefill", prefill),
     "bf16": ("matmul-bf16", formats),
     "groups": ("matmul-groups", formats),
     "neighbours": ("matmul-all-m", neighbours),

@@ -21,13 +21,14 @@ from jax_qgemm.formats import (  # noqa: E402
     quantize,
     quantize_activations,
 )
-from jax_qgemm.ops import gated_matmul, interleave_gate_up, matmul, take  # noqa: E402
+from jax_qgemm.ops import expert_matmul, gated_matmul, interleave_gate_up, matmul, take  # noqa: E402
 
 __all__ = [
     "BuildInfo",
     "QActivations",
     "QTensor",
     "build_info",
+    "expert_matmul",
     "export_safety_checks",
     "formats",
     "gated_matmul",

@@ -23,7 +23,8 @@ from mutants_table import MUTANTS, Mutant
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "tests" / "mutants.json"
 TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("matmul", "format_tables", "transforms", "fused", "fused_transforms")
+    f"tests/test_{name}.py"
+    for name in ("matmul", "format_tables", "transforms", "fused", "fused_transforms", "experts")
 )
 COPIED = ("CMakeLists.txt", "pyproject.toml", "cmake", "cuda", "jax_qgemm", "tests")
 # An editable install's import hook would find the module of the original tree before that of the copy.

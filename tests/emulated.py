@@ -38,6 +38,12 @@ class Epilogue(ctypes.Structure):
     )
 
 
+class Stack(ctypes.Structure):
+    """cuda/kernels/product.h"""
+
+    _fields_ = (("weights", ctypes.c_int64), ("experts", ctypes.c_void_p))
+
+
 def pointer(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
 
@@ -81,18 +87,20 @@ class Emulated:
         highest=False,
         out_dtype="float32",
         kernel="auto",
+        experts=None,
         bias=None,
         residual=None,
         scale=None,
         activation=None,
         gated=False,
     ) -> np.ndarray:
-        """x (*batch, m, ...) times w or its transpose, as float64. bias and scale have a batch axis or are shared."""
+        """x (*batch, m, ...) times w or its transpose, as float64. bias and scale have a batch axis or are shared. With
+        experts, int32 (*batch,), w is a stack (e, k, n)."""
         k, n = w.shape[-2:]
         planes = [np.ascontiguousarray(p) for p in w.planes]
         xs = np.ascontiguousarray(x)
         out = np.full((*xs.shape[:-1], k if transpose else n // 2 if gated else n), np.nan, jnp.dtype(out_dtype))
-        batch_ndim = len(w.shape) - 2
+        batch_ndim = len(w.shape) - 2 if experts is None else experts.ndim
         epilogue = Epilogue(
             pointer(scale),
             pointer(bias),
@@ -110,6 +118,7 @@ class Emulated:
             name,
             kernel.encode(),
             *weight,
+            ctypes.byref(_stack(w, experts)),
             xs.ctypes.data_as(ctypes.c_void_p),
             DTYPES[x.dtype.name],
             out.ctypes.data_as(ctypes.c_void_p),
@@ -126,13 +135,16 @@ class Emulated:
             raise RuntimeError(problem.decode())
         return out.astype(np.float64)
 
-    def dequantize(self, w: qg.QTensor, *, first=0, rows: int, out_dtype="float32") -> np.ndarray:
-        """Rows [first, first + rows) of n, decoded: (*batch, rows, k)."""
+    def dequantize(self, w: qg.QTensor, *, first=0, rows: int, out_dtype="float32", experts=None) -> np.ndarray:
+        """Rows [first, first + rows) of n, decoded: (*batch, rows, k). experts: as of `matmul`."""
         *batch, k, n = w.shape
+        if experts is not None:
+            batch = experts.shape
         out = np.full((*batch, rows, k), np.nan, jnp.dtype(out_dtype))
         planes = [np.ascontiguousarray(p) for p in w.planes]
         problem = self._library.emulated_dequantize(
             *_weight(w, planes),
+            ctypes.byref(_stack(w, experts)),
             out.ctypes.data_as(ctypes.c_void_p),
             DTYPES[jnp.dtype(out_dtype).name],
             ctypes.c_int64(int(np.prod(batch))),
@@ -167,6 +179,11 @@ class Emulated:
         if problem is not None:
             raise RuntimeError(problem.decode())
         return out, dict(zip(names, split, strict=True))
+
+
+def _stack(w: qg.QTensor, experts: np.ndarray | None) -> Stack:
+    assert experts is None or (experts.dtype == np.int32 and experts.flags.c_contiguous)
+    return Stack(int(np.prod(w.shape[:-2])), pointer(experts))
 
 
 def _weight(w: qg.QTensor, planes: list[np.ndarray]) -> tuple:

@@ -1,10 +1,14 @@
-"""q8_1 activations against numpy in float32, operation by operation as ggml has them."""
+"""Quantized activations against numpy in float32, operation by operation; q8_1 as ggml has them."""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax import export
 
 from jax_qgemm.formats import activations
 from jax_qgemm.formats.activations import QActivations, q8_1_from_bytes, q8_1_to_bytes, quantize_activations
@@ -54,6 +58,7 @@ def test_codes_scales_and_sums(dtype, jit):
     codes, d, _ = q8_1(x, "cpu")
     assert quantized.codes.dtype == np.int8
     assert quantized.scales.dtype == np.float16
+    assert quantized.sums is not None
     assert quantized.sums.dtype == np.int16
     assert quantized.format == "q8_1"
     assert quantized.shape == quantized.codes.shape == x.shape
@@ -156,6 +161,130 @@ def test_is_a_pytree_with_a_static_format():
     np.testing.assert_array_equal(scanned, quantized.dequantize())
 
 
+# One scale per token.
+
+LARGEST = {"int8": 127, "fp8": 448}
+TINY = 2.0**-100
+
+
+def per_token(x: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (..., k) and float32 scales (..., 1) of finite rows, by NumPy and ml_dtypes."""
+    x, largest = x.astype(F32), F32(LARGEST[format])
+    top = np.abs(x).max(-1, keepdims=True)
+    top = np.where(top < largest * F32(TINY), F32(0), top)
+    scaled = np.where(top == 0, F32(0), x * (largest / np.where(top == 0, F32(1), top)))
+    codes = np.rint(scaled).astype(np.int8) if format == "int8" else scaled.astype(ml_dtypes.float8_e4m3fn)
+    return codes, top / largest
+
+
+def token_samples(format: str) -> np.ndarray:
+    x = samples().reshape(-1, 256)
+    rng = np.random.default_rng(1)
+    edges = np.zeros((16, 256), F32)
+    edges[0] = np.arange(256) - 128 + 0.5  # ties of int8: the scale below is 1
+    edges[1] = 2.0 ** rng.integers(-20, 9, 256) * rng.choice([1, 1.0625, 1.125, 1.1875], 256)  # of e4m3, subnormal too
+    edges[2] = np.arange(256) * 2.0**-10
+    edges[3, :3] = 1e38, -3e38, 1
+    edges[4, :3] = LARGEST[format] * TINY * np.array([1, -0.5, 0.01])
+    edges[5, :3] = LARGEST[format] * TINY * 0.999
+    edges[6, :2] = 1e-40, -1e-45
+    edges[7, :4] = LARGEST[format] * TINY, 1e-38, 1e-40, -1e-45
+    edges[8:] = np.exp2(rng.uniform(-30, 30, (8, 256))) * rng.choice([-1, 1], (8, 256))
+    edges[:3, 0] = LARGEST[format]
+    return np.concatenate([x, edges])
+
+
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_per_token_to_the_byte(format, dtype, jit):
+    with np.errstate(over="ignore"):
+        x = token_samples(format).astype(dtype)
+    x = x[np.isfinite(x.astype(F32)).all(-1)]
+    quantize = functools.partial(quantize_activations, format=format)
+    quantized = (jax.jit(quantize) if jit else quantize)(jnp.asarray(x))
+    codes, scales = per_token(x, format)
+    assert (quantized.format, quantized.dtype, quantized.shape) == (format, x.dtype, x.shape)
+    assert quantized.sums is None
+    assert quantized.codes.dtype == codes.dtype
+    np.testing.assert_array_equal(np.asarray(quantized.codes).view(np.uint8), codes.view(np.uint8))
+    assert quantized.scales.dtype == F32
+    np.testing.assert_array_equal(quantized.scales, scales)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_per_token_error_and_dequantize(format):
+    x = np.random.default_rng(2).standard_normal((64, 1024)).astype(F32)
+    quantized = quantize_activations(jnp.asarray(x), format)
+    exact = np.asarray(quantized.codes).astype(np.float64) * np.asarray(quantized.scales, np.float64)
+    np.testing.assert_array_equal(quantized.dequantize(), exact.astype(F32))
+    np.testing.assert_array_equal(quantized.dequantize(jnp.bfloat16), exact.astype(F32).astype(ml_dtypes.bfloat16))
+    # int8: of a step of max|x| / 127 in turn for every token. fp8: of 3 bits behind the first.
+    bound = np.abs(x).max(-1, keepdims=True) / 254 if format == "int8" else np.abs(x) * 2.0**-4
+    floor = np.asarray(quantized.scales) * 2.0**-10  # half of the smallest step of e4m3
+    assert (np.abs(exact - x) <= np.maximum(bound, floor) * (1 + 1e-6)).all()
+    assert np.sum((exact - x) ** 2) / np.sum(x.astype(np.float64) ** 2) <= {"int8": 1e-4, "fp8": 1e-3}[format]
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_token_that_is_not_finite_decodes_to_nan_and_no_other(format):
+    x = np.ones((5, 40), F32)
+    x[0, 3], x[1, 39], x[2, 0] = np.inf, -np.inf, np.nan
+    x[3] = 0
+    quantized = jax.jit(functools.partial(quantize_activations, format=format))(x)
+    got = np.asarray(quantized.dequantize())
+    assert np.isnan(got[:3]).all()
+    np.testing.assert_array_equal(got[3:], x[3:])
+    np.testing.assert_array_equal(np.asarray(quantized.scales)[3], 0)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", [(1,), (7,), (0, 5), (2, 0, 3, 9)])
+def test_any_shape_per_token(shape, format):
+    quantized = jax.jit(functools.partial(quantize_activations, format=format))(jnp.ones(shape, jnp.bfloat16))
+    assert quantized.codes.shape == quantized.shape == quantized.dequantize().shape == shape
+    assert quantized.scales.shape == (*shape[:-1], 1)
+    assert repr(quantized) == f"QActivations({format}, shape={shape}, of bfloat16)"
+
+
+@pytest.mark.parametrize("format", ["q8_1", "int8", "fp8"])
+def test_every_format_is_a_pytree(format):
+    x = jnp.asarray(samples()[0, :3])
+    quantize = jax.jit(functools.partial(quantize_activations, format=format))
+    quantized = quantize(x)
+    quantized.check()
+    leaves, tree = jax.tree.flatten(quantized)
+    assert len(leaves) == (3 if format == "q8_1" else 2)
+    assert jax.tree.unflatten(tree, leaves).format == format
+    others: Any = (jax.vmap(quantize)(x), jax.lax.map(quantize, x), jax.tree.map(lambda a: a + 0, quantized))
+    for other in others:
+        assert (other.format, other.dtype) == (format, x.dtype)
+        for a, b in zip(jax.tree.leaves(other), leaves, strict=True):
+            np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+
+
+@pytest.mark.parametrize("format", ["q8_1", "int8", "fp8"])
+def test_exported_functions_take_and_give_them(format):
+    x = jnp.asarray(samples()[0, :3], jnp.bfloat16)
+    exported = export.export(jax.jit(functools.partial(quantize_activations, format=format)))(x)
+    quantized: Any = export.deserialize(exported.serialize()).call(x)
+    assert (quantized.format, quantized.dtype) == (format, jnp.bfloat16)
+    exported = export.export(jax.jit(lambda q: q.dequantize()))(quantized)
+    values = export.deserialize(exported.serialize()).call(quantized)
+    np.testing.assert_array_equal(values, quantize_activations(x, format).dequantize())
+
+
+def test_codes_have_no_derivative():
+    x = jnp.ones((2, 32))
+    for format in ("q8_1", "int8", "fp8"):
+        with pytest.raises(TypeError, match=rf"x is differentiated, but its {format} codes.*straight_through=True"):
+            jax.grad(lambda x, f=format: jnp.sum(quantize_activations(x, f).dequantize()))(x)
+        stopped = jax.grad(
+            lambda x, f=format: jnp.sum(x * quantize_activations(jax.lax.stop_gradient(x), f).dequantize())
+        )
+        np.testing.assert_array_equal(stopped(x), quantize_activations(x, format).dequantize())
+
+
 @pytest.mark.parametrize("quantizer", [quantize_activations, lambda x: q8_1_to_bytes(x, "cuda")])
 @pytest.mark.parametrize(
     ("x", "error", "message"),
@@ -175,7 +304,7 @@ def test_bad_activations_are_named(quantizer, x, error, message):
 
 def test_other_bad_arguments_are_named():
     x = np.zeros((2, 32), F32)
-    with pytest.raises(ValueError, match=r"unknown activation format 'q8_0'; known formats: q8_1"):
+    with pytest.raises(ValueError, match=r"unknown activation format 'q8_0'; known formats: q8_1, int8, fp8"):
         quantize_activations(x, "q8_0")
     with pytest.raises(ValueError, match=r'convention must be "cpu" or "cuda", got \'gpu\''):
         q8_1_to_bytes(x, "gpu")  # type: ignore[arg-type]

@@ -348,6 +348,10 @@ def test_tables_of_products():
     formats = report_gpu.formats(results)
     assert "| n x k | m | int4 | q4_k |\n" in formats
     assert "| 1000 x 4096 | 3 | 15.0 (3.00) | 10.0 (2.00) |\n" in formats
+    prefill = report_gpu.prefill(results)
+    assert "| n x k | m | XLA bf16 | int4 | q4_k |\n" in prefill
+    assert "| 4096 x 4096 | 1 | 40.0 | 5.0 (8.00) | 10.0 (4.00) |\n" in prefill
+    assert "| 4096 x 4096 | 2 |  | 10.0 | 10.0 |\n" in prefill
     assert "| 4096 x 4096 | int4 | 1 to 3 | 2.00 | 1 to 2 |\n" in report_gpu.neighbours(results)
     assert "| 4096 x 4096 | 2 |  |  | 10.0 | 10.0 |\n" in report.matmul(results)
 

@@ -147,7 +147,14 @@ def test_gpu_decodes_to_the_bit(format):
     w, exact = random_weight(get_format(format), 90, 512, np.random.default_rng(4), batch=2)
     decode = jax.jit(
         lambda planes: dense.dequantize_p.bind(
-            *planes, format=w.format, padding=w.padding, batch_ndim=1, first=16, rows=74, dtype="float32"
+            *planes,
+            format=w.format,
+            padding=w.padding,
+            has_experts=False,
+            batch_ndim=1,
+            first=16,
+            rows=74,
+            dtype="float32",
         )
     )
     assert np.array_equal(decode(w.planes), np.swapaxes(exact, -1, -2)[:, 16:].astype(np.float32))

@@ -126,7 +126,7 @@ def test_matmul_of_too_few_arguments():
 
 def bind(x, *planes, batch_ndim):
     return qmatmul_p.bind(
-        x, *planes, format=W.format, padding=W.padding, batch_ndim=batch_ndim, transpose=False,
+        x, *planes, format=W.format, padding=W.padding, has_experts=False, batch_ndim=batch_ndim, transpose=False,
         out_dtype="float32", highest=False, kernel="auto",
     )  # fmt: skip
 

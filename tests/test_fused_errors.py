@@ -109,9 +109,9 @@ def test_fused_primitive(arguments, error, words):
     """A batch of 3 weights: what vmap and the derivatives bind."""
 
     def function(**operands):
-        params = {"batch_ndim": 1, "out_dtype": "float32", "highest": False, "kernel": "auto"}
+        params = {"has_experts": False, "batch_ndim": 1, "out_dtype": "float32", "highest": False, "kernel": "auto"}
         params |= {"activation": None, "gated": False, "scale": None, "bias": None, "residual": None} | operands
-        return fused_primitive.bind(planes=STACK.planes, format=W.format, padding=W.padding, **params)
+        return fused_primitive.bind(weights=STACK.planes, format=W.format, padding=W.padding, **params)
 
     with pytest.raises(error) as caught:
         eval_shape(function, {"x": shape(3, 5, K)} | arguments)

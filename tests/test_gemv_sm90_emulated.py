@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated import ACTIVATIONS, random_weight, random_x
@@ -23,10 +24,14 @@ FORMATS = [
     qg.int4(-1, symmetric=False),
     qg.int8(-1),
     qg.int8(128, symmetric=False),
+    qg.int8(64, scale_dtype="bfloat16"),
+    qg.int2(64, symmetric=False),
+    qg.int3(256, symmetric=False, scale_dtype="bfloat16"),
 ]
+EXACT = [f for f in FORMATS if not isinstance(f, str) and (f.group == 0 or f.group >= 64)]
 TYPES = ("float16", "bfloat16")
-# Scales that are powers of two, beyond the range of float16, or bfloat16 themselves.
-BFLOAT16_ONLY = ["mxfp4", qg.int4(128, scale_dtype="bfloat16"), qg.int8(32, scale_dtype="bfloat16", symmetric=False)]
+# Scales that are powers of two, beyond the range of float16, or bfloat16 themselves and in the operand.
+BFLOAT16_ONLY = ["mxfp4", qg.int4(32, scale_dtype="bfloat16"), qg.int8(32, scale_dtype="bfloat16", symmetric=False)]
 # m, n, k (or a block, where that is larger), multiprocessors, kilobytes of shared memory
 SHAPES = [
     (9, 130, 1024, 3, 227),
@@ -62,14 +67,23 @@ def test_product(emulated, format, dtype):
             check_product(product(emulated, x, w), exact, dense, product_limit(dtype))
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("format", EXACT, ids=str)
+def test_integers_are_exact_where_a_scale_serves_64(emulated, format, dtype):
+    """x with a mean: roundings of the weights of a group would add up."""
+    for m in (16, 24, 64):
+        w, dense = random_weight(format, 1024, 70, m)
+        x = (np.random.default_rng(m).standard_normal((m, 1024)) + 4).astype(np.float32).astype(jnp.dtype(dtype))
+        check_product(product(emulated, jnp.asarray(x), w), x.astype(np.float64), dense, 1e-9)
+
+
 # m, n, k, multiprocessors, kilobytes of shared memory
 SPLIT_SHAPES = [
     (9, 200, 1024, 16, 227),
     (12, 420, 512, 2, 227),
-    (33, 140, 512, 1, 130),
-    (16, 140, 1536, 2, 70),
-    (12, 150, 1024, 1, 85),
-    (64, 100, 640, 2, 110),
+    (12, 64, 3072, 2, 85),
+    (64, 100, 1536, 2, 140),
+    (16, 420, 2048, 2, 110),
 ]
 
 

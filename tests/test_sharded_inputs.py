@@ -39,6 +39,26 @@ x = rng.standard_normal((4, 3, 64)).astype(np.float32)
 out = jax.jit(jax.vmap(qg.matmul))(put(x, P("d")), put(stacked, P("d")))
 check_product(out, x, dense, limit)
 
+experts = rng.integers(-1, 5, (4, 3)).astype(np.int32)
+chosen = np.clip(experts, 0, 3)
+for x_spec, w_spec in ((P("d"), P()), (P(), P("d")), (P("d"), P("d"))):
+    xs, es, ws = put(x, x_spec), put(experts, x_spec), put(stacked, w_spec)
+    out = jax.jit(qg.expert_matmul)(xs, ws, es)
+    check_product(out[:, :, None], x[:, :, None], dense[chosen], limit)
+
+# Experts of several devices: each computes what its own are chosen for, and leaves the rest to the others.
+def parallel(x, w, experts):
+    local = experts - jax.lax.axis_index("d") * w.shape[0]
+    out = qg.expert_matmul(x, w, local)
+    mine = (local >= 0) & (local < w.shape[0])
+    return jax.lax.psum(jnp.where(mine[..., None], out, 0), "d")
+
+spread = jax.jit(jax.shard_map(parallel, mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P()))
+args = put(x, P()), put(stacked, P("d")), put(chosen.astype(np.int32), P())
+check_product(spread(*args)[:, :, None], x[:, :, None], dense[chosen], limit)
+dx = jax.jit(jax.grad(lambda x: jnp.sum(spread(x, *args[1:]))))(args[0])
+check_product(dx[:, :, None], np.ones((4, 3, 1, 32)), dense[chosen].swapaxes(-1, -2), limit)
+
 # Inside shard_map the local view is an ordinary QTensor: here each device has a quarter of n.
 w, dense = random_weight(qg.formats.get_format("q4_0"), 128, 64, rng)
 x = x[0]

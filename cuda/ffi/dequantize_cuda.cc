@@ -5,8 +5,8 @@ namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
 
-// out (*batch, rows, k): rows [first, first + rows) of n.
-ffi::Error dequantize_cuda(cudaStream_t stream, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
+// out (*batch, rows, k): rows [first, first + rows) of n. The operands are those of check_stack().
+ffi::Error dequantize_cuda(cudaStream_t stream, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
                            std::string_view format, int64_t group_size, int64_t scale_type, int64_t batch_ndim,
                            int64_t n, int64_t first) {
   const auto dims = out->dimensions();
@@ -24,8 +24,8 @@ ffi::Error dequantize_cuda(cudaStream_t stream, ffi::RemainingArgs planes, ffi::
   if (first < 0 || first % kTileN != 0 || rows.rows > n - first) return invalid("first and rows must lie within n");
   rows.first_tile_row = first / kTileN;
   rows.tile_rows = (n + kTileN - 1) / kTileN;
-  const ffi::Error error = check_weight(planes, static_cast<int>(planes.size()), {format, group_size, scale_type},
-                                        rows.batch * rows.tile_rows, rows.k, &rows.w);
+  const ffi::Error error = check_stack(operands, static_cast<int>(operands.size()), {format, group_size, scale_type},
+                                       rows.batch, rows.tile_rows, rows.k, &rows.w, &rows.stack);
   if (error.failure() || out->element_count() == 0) return error;
   if (const char* problem = launch_dequantize(rows, stream)) {
     return ffi::Error::Internal(std::string("jax_qgemm.dequantize: ") + problem);

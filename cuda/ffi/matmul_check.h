@@ -24,12 +24,13 @@ struct EpilogueAttributes {
   bool gated, has_scale, has_bias, has_residual;
 };
 
-// Fills `product`, without an epilogue. An empty output is no error: the caller returns early on it.
-xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs planes,
+// Fills `product`, without an epilogue; `operands` are those of check_stack(). An empty output is no error: the caller
+// returns early on it.
+xla::ffi::Error make_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs operands,
                              xla::ffi::Result<xla::ffi::AnyBuffer> out, const MatmulAttributes& attributes,
                              bool transpose, Product* product);
 
-// The same with an epilogue. `operands` are the planes, then those of scale, bias and residual that there are.
+// The same with an epilogue. Behind those `operands` come those of scale, bias and residual that there are.
 xla::ffi::Error make_fused_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArgs operands,
                                    xla::ffi::Result<xla::ffi::AnyBuffer> out, const MatmulAttributes& attributes,
                                    const EpilogueAttributes& epilogue, Product* product);

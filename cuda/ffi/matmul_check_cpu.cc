@@ -8,8 +8,9 @@ namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
 
-// The product alone: the first `planes` operands are those of w, and w has `gate` times the columns of out.
-ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int planes, ffi::Result<ffi::AnyBuffer> out,
+// The product alone: the first `count` operands are the planes of w and perhaps experts, and w has `gate` times the
+// columns of out.
+ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int count, ffi::Result<ffi::AnyBuffer> out,
                 const MatmulAttributes& a, bool transpose, int gate, Product* p) {
   const auto x_dims = x.dimensions(), out_dims = out->dimensions();
   if (!scalar_of(x.element_type(), &p->x_type)) return invalid("x must be f16, bf16 or f32");
@@ -33,7 +34,7 @@ ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int planes
   p->out = out->untyped_data();
   p->epilogue = {};
   const WeightAttributes weight{a.format, a.group_size, a.scale_type};
-  return check_weight(operands, planes, weight, p->batch * p->tile_rows(), p->k, &p->w);
+  return check_stack(operands, count, weight, p->batch, p->tile_rows(), p->k, &p->w, &p->stack);
 }
 
 bool activation_of(std::string_view name, Activation* activation) {
@@ -74,15 +75,15 @@ ffi::Error float_operand(const ffi::RemainingArgs& operands, size_t i, const std
 
 }  // namespace
 
-ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs planes, ffi::Result<ffi::AnyBuffer> out,
+ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
                         const MatmulAttributes& a, bool transpose, Product* p) {
-  return fill(x, planes, static_cast<int>(planes.size()), out, a, transpose, 1, p);
+  return fill(x, operands, static_cast<int>(operands.size()), out, a, transpose, 1, p);
 }
 
 ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
                               const MatmulAttributes& a, const EpilogueAttributes& e, Product* p) {
-  const int planes = static_cast<int>(operands.size()) - e.has_scale - e.has_bias - e.has_residual;
-  if (ffi::Error error = fill(x, operands, planes, out, a, false, e.gated ? 2 : 1, p); error.failure()) return error;
+  const int count = static_cast<int>(operands.size()) - e.has_scale - e.has_bias - e.has_residual;
+  if (ffi::Error error = fill(x, operands, count, out, a, false, e.gated ? 2 : 1, p); error.failure()) return error;
   p->epilogue.gated = e.gated;
   if (!activation_of(e.activation, &p->epilogue.activation)) {
     return invalid("unknown activation " + std::string(e.activation));
@@ -92,7 +93,7 @@ ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi
   const Dims x_dims = x.dimensions(), out_dims = out->dimensions();
   const auto batch_ndim = static_cast<size_t>(a.batch_ndim);
   Dims dims;
-  size_t i = static_cast<size_t>(planes);
+  size_t i = static_cast<size_t>(count);
   if (e.has_scale) {
     Scalar type;
     const void* scale;

@@ -18,12 +18,12 @@ ffi::Error run(const Product& product, ffi::ThreadPool& pool, ffi::Result<ffi::A
   return ffi::Error::Success();
 }
 
-ffi::Error matmul_cpu(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs planes,
+ffi::Error matmul_cpu(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
                       ffi::Result<ffi::AnyBuffer> out, std::string_view format, std::string_view kernel,
                       int64_t group_size, int64_t scale_type, int64_t batch_ndim, bool highest, bool transpose) {
   Product product;
   const MatmulAttributes attributes{format, kernel, group_size, scale_type, batch_ndim, highest};
-  const ffi::Error error = make_product(x, planes, out, attributes, transpose, &product);
+  const ffi::Error error = make_product(x, operands, out, attributes, transpose, &product);
   return error.failure() ? error : run(product, pool, out);
 }
 

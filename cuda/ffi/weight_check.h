@@ -21,8 +21,9 @@ xla::ffi::Error invalid(const std::string& what);
 // False: not one of the types of a Scalar.
 bool scalar_of(xla::ffi::DataType type, Scalar* scalar);
 
-// Fills `w` from the first `count` of `planes`, of `tile_rows` rows of tiles in all, batch axes included.
-xla::ffi::Error check_weight(const xla::ffi::RemainingArgs& planes, int count, const WeightAttributes& attributes,
-                             int64_t tile_rows, int64_t k, Weight* w);
+// Fills `w` and `stack` from the first `count` of `operands`: planes, of `tile_rows` rows of tiles a weight, and behind
+// them perhaps an int32 array, the experts. Without it the planes have the axes of the batch, with it one of their own.
+xla::ffi::Error check_stack(const xla::ffi::RemainingArgs& operands, int count, const WeightAttributes& attributes,
+                            int64_t batch, int64_t tile_rows, int64_t k, Weight* w, Stack* stack);
 
 }  // namespace jax_qgemm

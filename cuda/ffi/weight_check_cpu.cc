@@ -95,11 +95,28 @@ ffi::Error check_planes(const ffi::RemainingArgs& planes, int count, const Weigh
 
 }  // namespace
 
-ffi::Error check_weight(const ffi::RemainingArgs& planes, int count, const WeightAttributes& a, int64_t tile_rows,
-                        int64_t k, Weight* w) {
+ffi::Error check_stack(const ffi::RemainingArgs& operands, int count, const WeightAttributes& a, int64_t batch,
+                       int64_t tile_rows, int64_t k, Weight* w, Stack* stack) {
+  *stack = {batch, nullptr};
+  if (count > 1) {
+    auto plane = operands.get<ffi::AnyBuffer>(0), last = operands.get<ffi::AnyBuffer>(static_cast<size_t>(count) - 1);
+    if (!plane.has_value()) return plane.error();
+    if (!last.has_value()) return last.error();
+    if (last->element_type() == ffi::DataType::S32) {  // planes are unsigned
+      if (plane->dimensions().size() != 4) return invalid("w with experts must have one axis of weights");
+      if (static_cast<int64_t>(last->element_count()) != batch) {
+        return invalid("experts must have one index for each entry of the batch");
+      }
+      *stack = {plane->dimensions()[0], static_cast<const int32_t*>(last->untyped_data())};
+      if (stack->weights == 0 && batch != 0) return invalid("w with experts must hold a weight");
+      if (reinterpret_cast<uintptr_t>(stack->experts) % 4 != 0) return invalid("experts are not aligned to 4 bytes");
+      --count;
+    }
+  }
   ffi::Error error = ffi::Error::Success();
-  const bool known = with_format(
-      a.format, [&](auto format) { error = check_planes<decltype(format)>(planes, count, a, tile_rows, k, w); });
+  const bool known = with_format(a.format, [&](auto format) {
+    error = check_planes<decltype(format)>(operands, count, a, stack->weights * tile_rows, k, w);
+  });
   return known ? error : invalid("unknown format " + std::string(a.format));
 }
 

@@ -64,7 +64,7 @@ struct Pair {
 template <class T>
 QG_HD Pair<T> load_pair(const void* plane, int64_t index);
 
-// A weight as kernels see it. Leading batch axes are folded into the tile rows.
+// A weight as kernels see it. Leading axes of a stack are folded into the tile rows.
 struct Weight {
   const void* planes[kMaxPlanes];
   int64_t k_blocks;      // length of the planes' k axis

@@ -15,15 +15,11 @@ struct MXFP4 : FP4, AffineByIndex<MXFP4> {
   static constexpr int kBlock = 32, kGroup = 32;
   static constexpr bool kHasExponentScales = true;
 
-  // 2^(e - 128); e = 0 and 1 are subnormal. e = 255, the NaN of the format, decodes as ggml decodes it: 2^127.
+  // 2^(e - 128), of bits (e - 1) << 23; those of e = 0 and 1, which are subnormal, are the larger ones of the two. e =
+  // 255, the NaN of the format, decodes as ggml decodes it: 2^127.
   QG_HD static float scale(uint8_t e) {
-#ifdef __CUDA_ARCH__
-    // Two instructions less, but XLA's threads on the host flush subnormal products.
-    const uint32_t twice = static_cast<uint32_t>(e) << 23;
-    return 0.5f * float_from_bits(twice < 0x400000u ? 0x400000u : twice);
-#else
-    return float_from_bits(e < 2 ? 0x200000u << e : static_cast<uint32_t>(e - 1) << 23);
-#endif
+    const int32_t twice = int32_t{e} << 23, normal = twice - 0x800000, subnormal = (twice >> 2) + 0x200000;
+    return float_from_bits(static_cast<uint32_t>(normal > subnormal ? normal : subnormal));
   }
 
   template <class Reader>

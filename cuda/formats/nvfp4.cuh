@@ -16,6 +16,10 @@ struct NVFP4 : FP4, AffineByIndex<NVFP4> {
 
   // Half the value of the low seven bits; 0x7f alone is NaN in e4m3, and ggml decodes it as 0.
   QG_HD static float scale(uint8_t s) {
+#ifdef __CUDA_ARCH__
+    // Subnormal or not, the bits are those of a float32 far below.
+    return 0x1p119f * float_from_bits(s == 0x7f ? 0 : static_cast<uint32_t>(s & 0x7f) << 20);
+#else
     const uint32_t magnitude = s & 0x7fu;
     const float subnormal = static_cast<float>(magnitude) * 0x1p-10f;
     uint32_t subnormal_bits;
@@ -24,6 +28,7 @@ struct NVFP4 : FP4, AffineByIndex<NVFP4> {
     const uint32_t is_subnormal = 0u - (magnitude < 8), is_number = 0u - (s != 0x7f);
     const uint32_t normal = (magnitude << 20) + (119u << 23);
     return float_from_bits(is_number & ((is_subnormal & subnormal_bits) | (~is_subnormal & normal)));
+#endif
   }
 
   template <class Reader>

@@ -19,13 +19,11 @@ struct Q2_K : KQuant, AffineByIndex<Q2_K> {
 
   template <class Reader>
   QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t super_index) {
-    const auto sub = w.template pair<uint8_t>(1, index);
     const auto d = w.template pair<uint16_t>(2, super_index);
     const auto dmin = w.template pair<uint16_t>(3, super_index);
-    return {{{mul_rn(f16_to_f32(d.v[0]), static_cast<float>(sub.v[0] & 15)), 0,
-              -mul_rn(f16_to_f32(dmin.v[0]), static_cast<float>(sub.v[0] >> 4))},
-             {mul_rn(f16_to_f32(d.v[1]), static_cast<float>(sub.v[1] & 15)), 0,
-              -mul_rn(f16_to_f32(dmin.v[1]), static_cast<float>(sub.v[1] >> 4))}}};
+    const auto scale = products<uint8_t, 0, 0, 15>(w, d, 1, index);
+    const auto minimum = products<uint8_t, 0, 4, 15>(w, dmin, 1, index);
+    return {{{scale.v[0], 0, -minimum.v[0]}, {scale.v[1], 0, -minimum.v[1]}}};
   }
 };
 

@@ -22,12 +22,12 @@ struct TileEpilogue {
   Floats scale;
   TileRow bias;
 
-  TileEpilogue(const Product& p, int64_t weight, int64_t tile_row) {
+  TileEpilogue(const Product& p, int64_t batch, int64_t tile_row) {
     const Epilogue& e = p.epilogue;
     const int64_t column = tile_row * kTileN;
     count = p.n - column < kTileN ? p.n - column : kTileN;
-    scale = broadcast(e.scale ? e.scale[weight * e.scale_stride] : 1.0f);
-    load_columns(e.bias, e.bias_type, weight * e.bias_stride + column, count, bias);
+    scale = broadcast(e.scale ? e.scale[batch * e.scale_stride] : 1.0f);
+    load_columns(e.bias, e.bias_type, batch * e.bias_stride + column, count, bias);
   }
 };
 
@@ -48,7 +48,7 @@ static void write_columns(const Product& p, const Chunk& c, int64_t tile_row, co
     if (is_up) values[j] *= load<Floats>(gate);
   }
   if (is_gate) return;
-  const int64_t row = c.weight * p.m + c.first_token + token;
+  const int64_t row = c.batch * p.m + c.first_token + token;
   const int64_t first = row * p.out_columns() + (e.gated ? tile_row / 2 : tile_row) * kTileN;
   if (e.residual) {
     TileRow residual;

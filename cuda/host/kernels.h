@@ -22,9 +22,9 @@ constexpr int kFormats = 0
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Some rows of x (tokens) against a part of one weight of the batch.
+// Some rows of x (tokens) of an entry of the batch against a part of its weight.
 struct Chunk {
-  int64_t weight;       // index in the batch
+  int64_t batch;
   int64_t first_token;  // in [0, m)
   int64_t tokens;       // at most kMaxTokens
   const float* x;       // [tokens][stride], permuted, or as it is for the transposed product; zero beyond the tail

@@ -60,9 +60,9 @@ void parallel_ranges(const ParallelFor& parallel_for, int64_t width, int64_t cou
   parallel_for(ranges, [&](int64_t i) { body(count * i / ranges, count * (i + 1) / ranges); });
 }
 
-// The part of a product whose rows of x are permuted together: `tokens` rows of each of `weights` weights.
+// The part of a product whose rows of x are permuted together: `tokens` rows of each of `entries` entries of the batch.
 struct Pass {
-  int64_t first_weight, weights, first_token, tokens;
+  int64_t first_entry, entries, first_token, tokens;
 };
 
 class Driver {
@@ -82,11 +82,11 @@ class Driver {
 
   void run() {
     const int64_t rows = std::max<int64_t>(1, kPermutedBytes / std::max<int64_t>(1, stride_ * 4));
-    const int64_t tokens = std::min(p_.m, rows), weights = std::max<int64_t>(1, rows / p_.m);
-    x_ = allocate(std::min(p_.batch, weights) * tokens * stride_);
-    for (int64_t b = 0; b < p_.batch; b += weights) {
+    const int64_t tokens = std::min(p_.m, rows), entries = std::max<int64_t>(1, rows / p_.m);
+    x_ = allocate(std::min(p_.batch, entries) * tokens * stride_);
+    for (int64_t b = 0; b < p_.batch; b += entries) {
       for (int64_t t = 0; t < p_.m; t += tokens) {
-        run_pass({b, std::min(weights, p_.batch - b), t, std::min(tokens, p_.m - t)});
+        run_pass({b, std::min(entries, p_.batch - b), t, std::min(tokens, p_.m - t)});
       }
     }
   }
@@ -94,24 +94,24 @@ class Driver {
  private:
   void run_pass(const Pass& pass) const {
     const auto prepare = p_.transpose ? kernels_.widen : kernels_.permute;
-    parallel_ranges(parallel_for_, width_, pass.weights * pass.tokens, kPermuteSeconds * static_cast<double>(stride_),
+    parallel_ranges(parallel_for_, width_, pass.entries * pass.tokens, kPermuteSeconds * static_cast<double>(stride_),
                     [&](int64_t first, int64_t last) {
                       for (int64_t i = first; i < last; ++i) {
-                        const int64_t weight = pass.first_weight + i / pass.tokens;
-                        prepare(p_, weight * p_.m + pass.first_token + i % pass.tokens, &x_[i * stride_], stride_);
+                        const int64_t entry = pass.first_entry + i / pass.tokens;
+                        prepare(p_, entry * p_.m + pass.first_token + i % pass.tokens, &x_[i * stride_], stride_);
                       }
                     });
     const int64_t groups = (pass.tokens + kMaxTokens - 1) / kMaxTokens;  // of tokens, all of about the same size
     const int64_t tokens = (pass.tokens + groups - 1) / groups;
     const double seconds = weights_per_unit_ * (kDecodeSeconds + kMultiplySeconds * static_cast<double>(tokens));
-    parallel_ranges(parallel_for_, width_, pass.weights * groups * units_, seconds, [&](int64_t first, int64_t last) {
+    parallel_ranges(parallel_for_, width_, pass.entries * groups * units_, seconds, [&](int64_t first, int64_t last) {
       const Scratch scratch = allocate(scratch_floats(tokens));
       while (first < last) {
         const int64_t outer = first / units_, unit = first % units_;
         const int64_t end = std::min(units_, unit + last - first);
-        const int64_t token = outer % groups * tokens, weight = outer / groups;
-        kernel_(p_, {pass.first_weight + weight, pass.first_token + token, std::min(tokens, pass.tokens - token),
-                     &x_[(weight * pass.tokens + token) * stride_], stride_, unit * unit_tiles_, end * unit_tiles_,
+        const int64_t token = outer % groups * tokens, entry = outer / groups;
+        kernel_(p_, {pass.first_entry + entry, pass.first_token + token, std::min(tokens, pass.tokens - token),
+                     &x_[(entry * pass.tokens + token) * stride_], stride_, unit * unit_tiles_, end * unit_tiles_,
                      scratch.get()});
         first += end - unit;
       }

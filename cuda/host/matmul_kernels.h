@@ -101,8 +101,9 @@ void forward(const Product& p, const Chunk& c) {
   const int64_t tiles = c.stride / kTileK, slab_tiles = kSlab / kTileK;
   auto* sums = reinterpret_cast<Floats(*)[kTileN]>(c.scratch + kTileN * kSlab);
   float* gates = c.scratch + kTileN * kSlab + c.tokens * kTileN * kWidth;
+  const int64_t first_row = p.stack.weight_of(c.batch) * p.tile_rows();
   for (int64_t row = c.first; row < c.last; ++row) {
-    const int64_t tile_row = c.weight * p.tile_rows() + row;
+    const int64_t tile_row = first_row + row;
     for (int64_t t = 0; t < c.tokens; ++t) {
       for (int r = 0; r < kTileN; ++r) sums[t][r] = Floats{};
     }
@@ -125,7 +126,7 @@ void forward(const Product& p, const Chunk& c) {
         dot_panel(panel, (last - first) * kTileK, c, first * kTileK, sums);
       }
     }
-    const TileEpilogue epilogue(p, c.weight, row);
+    const TileEpilogue epilogue(p, c.batch, row);
     for (int64_t t = 0; t < c.tokens; ++t) write_columns(p, c, row, epilogue, t, sums[t], gates);
   }
 }
@@ -137,6 +138,7 @@ template <class F>
 void transpose(const Product& p, const Chunk& c) {
   float* panel = c.scratch;
   float* sums = c.scratch + kSpanRows * kSpan;
+  const int64_t first_row = p.stack.weight_of(c.batch) * p.tile_rows();
   const int64_t step = kSpan / kTileK, tiles = p.w.k_blocks * (k_block_of<F>(p.w) / kTileK);
   for (int64_t first = c.first; first < c.last; first += step) {
     const int64_t last = first + step < c.last ? first + step : c.last, count = (last - first) * kTileK;
@@ -148,7 +150,7 @@ void transpose(const Product& p, const Chunk& c) {
           memset(rows, 0, kTileN * kSpan * sizeof(float));
           break;
         }
-        decode_tiles<F>(p.w, c.weight * p.tile_rows() + row + half, first, last, tiles,
+        decode_tiles<F>(p.w, first_row + row + half, first, last, tiles,
                         [&](int r, int64_t i, Floats w)
                             __attribute__((always_inline)) { store(rows + r * kSpan + i, w); });
       }
@@ -159,7 +161,7 @@ void transpose(const Product& p, const Chunk& c) {
       for (int64_t i = 0; i < count; ++i) {
         values[i] = sums[t * kSpan + i / kTileK * kTileK + permuted(static_cast<int>(i % kTileK))];
       }
-      const int64_t column = first * kTileK, token = c.weight * p.m + c.first_token + t;
+      const int64_t column = first * kTileK, token = c.batch * p.m + c.first_token + t;
       from_f32(values, p.out_type, p.k - column < count ? p.k - column : count, p.out, token * p.k + column);
     }
   }

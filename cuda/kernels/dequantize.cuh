@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps) dequantize(const DenseR
   float (&tile)[kTileN][kStride] = tiles[warp];
 
   for (int64_t batch = blockIdx.y; batch < d.batch; batch += gridDim.y) {
-    const int64_t weight_row = batch * d.tile_rows + d.first_tile_row + tile_row;
+    const int64_t weight_row = d.stack.weight_of(batch) * d.tile_rows + d.first_tile_row + tile_row;
     LaneCodes<F> codes;
     codes.load(d.w, static_cast<uint64_t>(weight_row * stored_k_tiles + k_tile) * 32 + lane, lane);
 #pragma unroll

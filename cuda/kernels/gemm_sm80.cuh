@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(GemmSm80::kThreads) gemm_sm80(const Product p,
   const int group_steps = group == 0 || group >= kTileK ? 4 : group / 16;
 
   for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
-    const int64_t weight_row = batch * tile_rows + (has_rows ? row_tile : 0);
+    const int64_t weight_row = p.stack.weight_of(batch) * tile_rows + (has_rows ? row_tile : 0);
     const int64_t x_base = (batch * p.m + token0) * p.k;
     float sums[kTokenTiles][4] = {};
 

@@ -12,10 +12,8 @@
 #include <cuda.h>
 
 #include "kernels/gemm_sm90_walk.h"
-#include "tile/staged_weight.cuh"
 #include "tile/store.cuh"
 #include "tile/store_transposed.cuh"
-#include "tile/tma.cuh"
 #include "tile/value_operand.cuh"
 #include "tile/wgmma.cuh"
 
@@ -85,15 +83,13 @@ __device__ __forceinline__ void bring_stages(const Product& p, const GemmSm90Wal
     const GemmSm90Walk::Tile tile = walk.tile(item, rank);
     if (walk.skipped(tile)) continue;
     const int token = tile.batch * static_cast<int>(p.m) + tile.token_block * Tokens;
-    const int tile_row = tile.batch * walk.tile_rows + tile.row_block * S::kRowTiles;
+    const int first_row = static_cast<int>(p.stack.weight_of(tile.batch)) * walk.tile_rows;  // of the weight
+    const int tile_row = first_row + tile.row_block * S::kRowTiles;
 #pragma unroll 1
     for (int stage = tile.first_stage; stage < tile.last_stage; ++stage) {
       ptx::barrier_wait(slot.empty(), slot.parity ^ 1);
-      ptx::barrier_expect(slot.full(), walk.stage_bytes);
-      for_each_plane<F>(p.w, [&]<int I>() __attribute__((always_inline)) {
-        ptx::load_box(slot.w() + S::Staged::first(I), &maps.planes[I],
-                      (stage >> walk.box_stages_log[I]) * walk.box_columns[I], tile_row, slot.full());
-      });
+      ptx::barrier_expect(slot.full(), S::kXBytes + walk.boxes.bytes);
+      load_planes<F, typename S::Staged>(p.w, walk.boxes, maps.planes, slot.w(), stage, tile_row, slot.full());
 #pragma unroll
       for (int i = 0; i < S::kTiles; ++i) {
         const int k = (stage * S::kTiles + i) * kTileK;
@@ -190,12 +186,12 @@ __device__ __forceinline__ void store_tile(const Product& p, const GemmSm90Walk:
 
 // The sums of rows of tiles first_row, first_row + 4, ... of a weight, times the scales of their channels.
 template <class F, int Blocks, int Sums>
-__device__ __forceinline__ void scale_channels(const Weight& w, int batch_row, int first_row, int tile_rows,
+__device__ __forceinline__ void scale_channels(const Weight& w, int weight_row, int first_row, int tile_rows,
                                                float (&sums)[Blocks][Sums]) {
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
     const int row = first_row + 4 * b < tile_rows ? first_row + 4 * b : tile_rows - 1;
-    const AffinePair affine = F::affine(w, batch_row + row, static_cast<int>(threadIdx.x) % 32 / 4, 0);
+    const AffinePair affine = F::affine(w, weight_row + row, static_cast<int>(threadIdx.x) % 32 / 4, 0);
 #pragma unroll
     for (int i = 0; i < Sums; ++i) sums[b][i] *= affine.row[i / 2 % 2].scale;
   }
@@ -226,7 +222,9 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90<F, Tokens, Blocks
 
   if (warpgroup == S::kConsumers) {
     ptx::lower_registers<S::kProducerRegisters>();
-    if (threadIdx.x % 128 == 0) bring_stages<F, Tokens, Blocks, Span>(p, walk, maps, slot);
+    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) % 4 == 0 && ptx::elect_one()) {
+      bring_stages<F, Tokens, Blocks, Span>(p, walk, maps, slot);
+    }
     __syncwarp();
     if (walk.ends_split(static_cast<int>(blockIdx.x) / 2, static_cast<int>(gridDim.x) / 2)) {  // see add_halves()
       ptx::cluster_sync();
@@ -315,9 +313,10 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90<F, Tokens, Blocks
       release(before, true);
 
       if constexpr (F::kGroup == 0) {
-        if (p.w.group == 0)
-          scale_channels<F>(p.w, tile.batch * walk.tile_rows, tile.row_block * S::kRowTiles + row, walk.tile_rows,
-                            sums);
+        if (p.w.group == 0) {
+          const int weight_row = static_cast<int>(p.stack.weight_of(tile.batch)) * walk.tile_rows;
+          scale_channels<F>(p.w, weight_row, tile.row_block * S::kRowTiles + row, walk.tile_rows, sums);
+        }
       }
       int64_t token = tile.token_block * int64_t{Tokens};
       if (tile.split) {

@@ -7,7 +7,6 @@
 #include "kernels/gemm_sm90.cuh"
 #include "kernels/gemm_sm90.h"
 #include "kernels/gemm_sm90_config.cuh"
-#include "tile/tensor_map.cuh"
 
 namespace jax_qgemm {
 
@@ -23,7 +22,7 @@ const char* gemm_sm90_refusal(const Product& p, const DeviceLimits& limits) {
     return "kernel gemm_sm90 does not serve integer groups of 16 or float32 scales";
   }
   // The kernel counts rows of x, rows of tiles of w and columns of both in 32 bits.
-  if (p.batch * p.m > kMax - 256 || p.batch * p.tile_rows() > kMax - 32 || p.k > kMax - 256) {
+  if (p.batch * p.m > kMax - 256 || p.stack.weights * p.tile_rows() > kMax - 32 || p.k > kMax - 256) {
     return "kernel gemm_sm90 does not serve this product: it is more than it can count";
   }
   return nullptr;
@@ -43,13 +42,7 @@ GemmSm90Walk gemm_sm90_walk(const Product& p, const GemmSm90Shape& shape, const 
   // where both are equal.
   const double rows_bytes = clusters * 2 * S::kRows * shape.bits / 8, x_bytes = S::kTileBytes / kTileK;
   walk.group = std::clamp(static_cast<int>(std::lround(std::sqrt(rows_bytes / x_bytes))), 1, walk.token_blocks);
-  walk.stage_bytes = S::kXBytes;
-  for (int i = 0; i < kPlaneCount<F>; ++i) {
-    const PlaneBlock block = plane_block<F>(i, p.w.group);
-    walk.box_columns[i] = block.box_bytes(S::kTiles) / 8;
-    for (int tiles = S::kTiles; tiles < block.tiles; tiles *= 2) ++walk.box_stages_log[i];
-    if (p.w.has_plane(i)) walk.stage_bytes += S::kRowTiles * walk.box_columns[i] * 8;
-  }
+  walk.boxes = plane_boxes<F>(p.w, S::kRowTiles, S::kTiles);
   return walk;
 }
 
@@ -58,15 +51,7 @@ template <class F, class S>
 const char* encode_maps(GemmSm90Maps* maps, const Product& p, const GemmSm90Walk& walk) {
   // Each thread block of a pair brings half of the rows.
   const char* problem = encode_rows(&maps->x, p.x, p.x_type, p.batch * p.m, p.k, S::kTileBytes / (kTileK * 2) / 2);
-  for (int i = 0; i < kPlaneCount<F> && !problem; ++i) {
-    if (!p.w.has_plane(i)) continue;
-    const PlaneBlock block = plane_block<F>(i, p.w.group);
-    const bool per_channel = F::kGroup == 0 && p.w.group == 0 && i >= kCodePlanes<F>;
-    const int64_t blocks = per_channel ? 1 : p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) / block.tiles;
-    problem = encode_bytes(&maps->planes[i], p.w.planes[i], p.batch * walk.tile_rows, blocks * block.bytes,
-                           S::kRowTiles, walk.box_columns[i] * 8);
-  }
-  return problem;
+  return problem ? problem : encode_planes<F>(maps->planes, p, walk.boxes, S::kRowTiles);
 }
 
 template <class F, class T, int Tokens, int Blocks, int Span>

@@ -1,7 +1,7 @@
 // The order in which gemm_sm90 computes the tiles of a result, and where it finds what they are made of.
 #pragma once
 
-#include "kernels/product.h"
+#include "tile/plane_boxes.cuh"
 
 namespace jax_qgemm {
 
@@ -24,9 +24,7 @@ struct GemmSm90Walk {
   int whole, items;  // pairs that are an item; all items
   // Of a weight, as stored.
   int tile_rows;
-  // Of each plane: 8-byte columns of a box, and the logarithm of the stages that one serves.
-  int box_columns[kMaxPlanes], box_stages_log[kMaxPlanes];
-  int stage_bytes;  // of x and w
+  PlaneBoxes boxes;
 
   // That of block `rank` of the cluster.
   QG_HD Tile tile(int item, int rank) const {

@@ -29,8 +29,9 @@ __global__ void __launch_bounds__(kTransposedThreads) gemm_transposed(const Prod
 
   for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
     float totals[kRows][kColumns] = {};
+    const int64_t first_row = p.stack.weight_of(batch) * p.tile_rows();
     for (int64_t tile_row = 0; tile_row < p.tile_rows(); ++tile_row) {
-      const int64_t weight_row = batch * p.tile_rows() + tile_row;
+      const int64_t weight_row = first_row + tile_row;
       const Affine affine = F::affine(p.w, weight_row, g, k_tile * 4 + step).row[h];
       const uint32_t levels = F::levels(run_codes<F>(p.w, weight_row * stored_k_tiles + k_tile, lane, run));
       const int column = step * 16 + 2 * t;

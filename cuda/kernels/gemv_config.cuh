@@ -30,7 +30,7 @@ GemvShape gemv_shape(const Product& p) {
           k_block_of<F>(p.w),
           p.k,
           kStageOf<F>,
-          lane_stage_bytes<F>(p.w),
+          StageCopier<F, G>::bytes(),
           kCopyDepth<F>,
           G::kSteps,
           stored_bits<F>(p.w),

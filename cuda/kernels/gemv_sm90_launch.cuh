@@ -17,16 +17,26 @@ const char* gemv_sm90_refusal(const Product& p, const DeviceLimits& limits) {
   if (p.m > 64) return "kernel gemv_sm90 does not serve more than 64 rows of x";
   if (p.k % 8 != 0 || p.k == 0) return "kernel gemv_sm90 needs a k that is a multiple of 8";
   if (reinterpret_cast<uintptr_t>(p.x) % 16 != 0) return "kernel gemv_sm90 needs x aligned to 16 bytes";
-  if (p.x_type == Scalar::kF16 && !scales_fit_f16<F>(p.w)) {
+  const bool exact = F::kGroup == 0 && (p.w.group == 0 || p.w.group >= kTileK);  // see kGemvSm90Exact
+  if (p.x_type == Scalar::kF16 && !exact && !scales_fit_f16<F>(p.w)) {
     return "kernel gemv_sm90 does not serve float16 x with scales that float16 does not hold";
   }
   if (!fits_group_registers<F>(p.w)) return "kernel gemv_sm90 does not serve integer groups of 16 or float32 scales";
-  // The kernel counts rows of x, pairs of rows of w and a lane's vectors of codes in 32 bits.
+  // The kernel counts rows of x, rows of tiles of w and columns of both in 32 bits.
   if (p.batch > kMaxGridY || p.batch * p.m > kMax ||
-      p.batch * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / 16) * 8 > kMax) {
+      p.stack.weights * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / 16) * 8 > kMax) {
     return "kernel gemv_sm90 does not serve this product: it is more than it can count";
   }
   return nullptr;
+}
+
+// A slot for a stage of a warpgroup's weights.
+template <class F>
+int gemv_sm90_stage_bytes(const Weight& w) {
+  const int bytes =
+      w.group == 32 ? GemvSm90Staged<F, Grouping<2, true>>::kBytes : GemvSm90Staged<F, Grouping<4, true>>::kBytes;
+  if constexpr (F::kGroup != 0) return GemvSm90Staged<F, Grouping<F::kGroup / 16, false>>::kBytes;
+  return bytes;
 }
 
 template <class F, int Tokens>
@@ -34,35 +44,37 @@ GemvSm90Shape gemv_sm90_shape(const Product& p) {
   return {p.batch,
           p.m,
           p.tile_rows(),
-          p.w.k_blocks,
-          p.w.k_blocks * (k_block_of<F>(p.w) / kTileK),
           p.k,
-          kStageOf<F>,
-          lane_stage_bytes<F>(p.w),
-          kCopyDepth<F>,
+          static_cast<int>(divide_up(gemv_sm90_stage_bytes<F>(p.w), 128) * 128),
           Tokens,
           stored_bits<F>(p.w)};
 }
 
-template <auto kKernel>
+template <auto kKernel, class F>
 const char* launch_gemv_sm90_kernel(const Product& p, const GemvSm90Sizes& sizes, const DeviceLimits& limits,
                                     cudaStream_t stream) {
-  CUtensorMap x_map;
-  if (const char* problem = encode_rows(&x_map, p.x, p.x_type, p.batch * p.m, p.k, sizes.tokens)) return problem;
+  constexpr int kRowTiles = kGemvSm90Rows / kTileN;
+  const PlaneBoxes boxes = plane_boxes<F>(p.w, kRowTiles, kGemvSm90Stage / kTileK);
+  GemvSm90Maps maps;
+  const char* problem = encode_rows(&maps.x, p.x, p.x_type, p.batch * p.m, p.k, sizes.tokens);
+  if (!problem) problem = encode_planes<F>(maps.planes, p, boxes, kRowTiles);
+  if (problem) return problem;
   if (const cudaError_t error = allow_shared<kKernel>(sizes.total, limits); error != cudaSuccess) {
     return cudaGetErrorString(error);
   }
   const GemvSm90Config& c = sizes.config;
-  return launch(kKernel, {int64_t{sizes.clusters} * c.cluster, p.batch, 128 * c.warpgroups(), sizes.total, c.cluster},
-                stream, p, sizes, x_map);
+  return launch(kKernel,
+                {int64_t{sizes.clusters} * c.cluster, p.batch, 128 * (c.warpgroups() + 1), sizes.total, c.cluster},
+                stream, p, sizes, boxes, maps);
 }
 
 template <class F, class T, int Tokens, int GroupSteps>
 const char* launch_gemv_sm90_integer(const Product& p, const GemvSm90Sizes& sizes, const DeviceLimits& limits,
                                      cudaStream_t stream) {
   return p.w.has_plane(F::kScales + 1)
-             ? launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, Grouping<GroupSteps, true>>>(p, sizes, limits, stream)
-             : launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, Grouping<GroupSteps, false>>>(p, sizes, limits, stream);
+             ? launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, Grouping<GroupSteps, true>>, F>(p, sizes, limits, stream)
+             : launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, Grouping<GroupSteps, false>>, F>(p, sizes, limits,
+                                                                                                stream);
 }
 
 template <class F, class T, int Tokens>
@@ -75,7 +87,7 @@ const char* launch_gemv_sm90_split(const Product& p, const GemvSm90Sizes& sizes,
     return launch_integer(p, sizes, limits, stream);
   } else {
     using G = Grouping<F::kGroup / 16, false>;
-    return launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, G>>(p, sizes, limits, stream);
+    return launch_gemv_sm90_kernel<gemv_sm90<F, T, Tokens, G>, F>(p, sizes, limits, stream);
   }
 }
 

@@ -156,9 +156,10 @@ __global__ void __launch_bounds__(32 * kGemvTilesMaxWarps<F, TokenTiles>)
     int block, step;
     LaneRow<F> row;
   };
+  const int first_row = static_cast<int>(p.stack.weight_of(batch)) * s.tile_rows;  // of the weight
   const auto at_block = [&](int block) -> Position {
     const int in_weight = block * c.row_tiles + row_tile;
-    const int row = static_cast<int>(batch) * s.tile_rows + (in_weight < s.tile_rows ? in_weight : 0);
+    const int row = first_row + (in_weight < s.tile_rows ? in_weight : 0);
     return {block, 0, LaneRow<F>(p.w, row, s.k_tiles, s.k_blocks, lane)};
   };
   Position ahead = at_block(first_block);

@@ -79,7 +79,7 @@ template <class F, class T>
 const char* launch_gemv(const Product& p, int terms, cudaStream_t stream, bool* served) {
   *served = false;
   // The kernels count a lane's vectors of codes and the elements of x in 32 bits.
-  const int64_t vectors = p.batch * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) * 32;
+  const int64_t vectors = p.stack.weights * p.tile_rows() * p.w.k_blocks * (k_block_of<F>(p.w) / kTileK) * 32;
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   if (p.k == 0 || p.batch > kMaxGridY || vectors > kMost || p.k > kMost / (128 * terms)) return nullptr;
   if constexpr (T::kSplit) {
@@ -120,8 +120,9 @@ const char* launch_format(const Product& p, cudaStream_t stream) {
                   stream, p, static_cast<int>(k_tiles));
   }
 #ifdef JAX_QGEMM_WITH_SM90A
-  // They round the weight to the type of x.
-  const bool any = p.kernel == "auto" && p.m > 8 && (p.x_type != Scalar::kF16 || scales_fit_f16<F>(p.w));
+  // gemm_sm90 rounds the weight to the type of x; gemv_sm90 itself refuses where that would not do.
+  const bool fits = p.x_type != Scalar::kF16 || scales_fit_f16<F>(p.w);
+  const bool any = p.kernel == "auto" && p.m > 8 && (fits || p.m <= 64);
   if (any || p.kernel == "gemv_sm90" || p.kernel == "gemm_sm90") {
     const bool few = any ? p.m <= 64 : p.kernel == "gemv_sm90";
     const char* refusal = nullptr;

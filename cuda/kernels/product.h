@@ -29,12 +29,26 @@ struct Epilogue {
   QG_HD bool empty() const { return !scale && !bias && !residual && activation == Activation::kNone && !gated; }
 };
 
-// forward:    x (batch, m, k) @ w (batch, k, n)   -> out (batch, m, n), or (batch, m, n / 2) gated
-// transpose:  x (batch, m, n) @ w^T (batch, n, k) -> out (batch, m, k)
+// The weights of a batch, side by side in the planes.
+struct Stack {
+  int64_t weights;
+  const int32_t* experts;  // (batch,): the weight of each entry; null: entry i has weight i
+
+  // Whatever stands in `experts`, the weight is one of the stack: for an index out of range the first or the last.
+  QG_HD int64_t weight_of(int64_t batch) const {
+    if (!experts) return batch;
+    const int64_t expert = experts[batch];
+    return expert < 0 ? 0 : expert < weights ? expert : weights - 1;
+  }
+};
+
+// forward:    x (batch, m, k) @ w (weights, k, n)   -> out (batch, m, n), or (batch, m, n / 2) gated
+// transpose:  x (batch, m, n) @ w^T (weights, n, k) -> out (batch, m, k)
 struct Product {
   std::string_view format;
   std::string_view kernel;  // "auto", or the name of one
   Weight w;
+  Stack stack;
   const void* x;
   void* out;
   Scalar x_type;
@@ -46,13 +60,14 @@ struct Product {
 
   QG_HD int64_t out_columns() const { return epilogue.gated ? n / 2 : n; }
 
-  QG_HD int64_t tile_rows() const { return (n + kTileN - 1) / kTileN; }  // of one weight of the batch
+  QG_HD int64_t tile_rows() const { return (n + kTileN - 1) / kTileN; }  // of one weight
 };
 
-// Rows [16 first_tile_row, 16 first_tile_row + rows) of n of each weight, decoded: out (batch, rows, k).
+// Rows [16 first_tile_row, 16 first_tile_row + rows) of n of each weight of the batch, decoded: out (batch, rows, k).
 struct DenseRows {
   std::string_view format;
   Weight w;
+  Stack stack;
   void* out;
   Scalar out_type;
   int64_t batch, tile_rows;  // of one weight

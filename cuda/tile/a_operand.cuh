@@ -3,16 +3,17 @@
 
 #include "tile/lane_codes.cuh"
 #include "tile/mma.cuh"
+#include "tile/table_operand.cuh"
 
 namespace jax_qgemm {
 
 // Exact: the operand is level - zero, at 12 or more instructions a k-step.
 //
-// Not exact: it is the level alone, at 5 to 8, and a second mma with the constant -zero puts the sum right, in the same
-// accumulator. In f16 the bits of an integer below 2048 are the f16 number integer * 2^-24 (the exponent fields 0 and 1
-// are one linear range), and shifted by 4 that times 2^-20; tensor cores take subnormals as they are. Such powers of
-// two belong to rows, so they leave the sums at the very end. In bf16, 0x4300 | u is 128 + u. Sums of levels
-// are larger than those of differences, so this costs float32 some bits: it is for 16-bit x.
+// Not exact: it is the level alone, at 5 to 8, and the sums begin at -zero times the sum of x. In f16 the bits of an
+// integer below 2048 are the f16 number integer * 2^-24 (the exponent fields 0 and 1 are one linear range), and shifted
+// by 4 that times 2^-20; tensor cores take subnormals as they are. Such powers of two belong to rows, so they leave the
+// sums at the very end. In bf16, 0x4300 | u is 128 + u. Sums of levels are larger than those of differences, so this
+// costs float32 some bits: it is for 16-bit x.
 //
 // A 4-bit float is a 16-bit one whose other bits are zero: three bits fewer of exponent and one bit of mantissa, put
 // where they belong, are its value times 2^-14 (f16) or 2^-126 (bf16, which one multiplication brings back).
@@ -33,6 +34,8 @@ struct AOperand {
                                                 const AffinePair& affine) {
     if constexpr (kFloat4) {
       decode_float4(a, codes.low.words[step]);
+    } else if constexpr (F::kHasTable) {
+      TableOperand<F, T, !kExact>::decode(a, codes.low.words[step]);
     } else if constexpr (kExact) {
       Converter<T::kIsBF16, wide_levels<F>()>(affine.row[0].zero)(codes.levels(2 * step), a[0], a[2]);
       Converter<T::kIsBF16, wide_levels<F>()>(affine.row[1].zero)(codes.levels(2 * step + 1), a[1], a[3]);
@@ -52,24 +55,13 @@ struct AOperand {
     }
   }
 
-  // -(zero + kBias), in the units of rows g and g+8.
-  __device__ __forceinline__ static void negated_zeros(uint32_t (&a)[4], const AffinePair& affine) {
-    constexpr uint32_t kSigned = (T::kIsBF16 ? 0x4300u : 0u) | 0x8000u;
-    a[0] = a[2] = (static_cast<uint32_t>(affine.row[0].zero) | kSigned) * 0x00010001u;
-    a[1] = a[3] = ((static_cast<uint32_t>(affine.row[1].zero) << (kShifted ? 4 : 0)) | kSigned) * 0x00010001u;
-  }
-
-  // What multiplies the sum of x that ones() gives.
+  // What multiplies a sum of x.
   __device__ __forceinline__ static float minimum(const Affine& row) {
     return kBias ? fmaf(-static_cast<float>(kBias), row.scale, row.minimum) : row.minimum;
   }
 
-  // 1, in the same units.
-  __device__ __forceinline__ static void ones(uint32_t (&a)[4]) {
-    constexpr bool kSubnormal = !kExact && !T::kIsBF16;
-    a[0] = a[2] = kSubnormal ? 0x00010001u : T::kOne;
-    a[1] = a[3] = kSubnormal ? (kShifted ? 0x00100010u : 0x00010001u) : T::kOne;
-  }
+  // Of the exact operand: what gives sums of x.
+  __device__ __forceinline__ static void ones(uint32_t (&a)[4]) { a[0] = a[1] = a[2] = a[3] = T::kOne; }
 
  private:
   // Nibble i of each half of the word is the 4-bit float of register i: sign, two bits of exponent, one of mantissa.

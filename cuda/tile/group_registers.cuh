@@ -67,6 +67,18 @@ struct GroupRegisters {
     return {{static_cast<T>(word >> shift), static_cast<T>(word >> (shift + 8))}};
   }
 
+  // 2^15 + a pair of bytes, of which only the bits of Mask from bit Shift up count and those of Flip are inverted: the
+  // floats that take least to make of them.
+  template <int Shift, uint32_t Mask, uint32_t Flip>
+  __device__ __forceinline__ Pair<float> biased_bytes(int plane, int index) const {
+    constexpr int kOffsets[] = {0, offset(1), offset(2), offset(3)};
+    const uint32_t word = raw[kOffsets[plane - kFirst] + index / 4];
+    const uint32_t bytes = ((word ^ 0x01010101u * Flip) >> Shift) & (0x01010101u * Mask);
+    const uint32_t selector = 0x7504 | index % 4 << 4;
+    return {{float_from_bits(__byte_perm(bytes, 0x47000000u, selector)),
+             float_from_bits(__byte_perm(bytes, 0x47000000u, selector + 0x10))}};
+  }
+
   // Of k-step `step`, where `GroupSteps` of them share a scale.
   template <int GroupSteps>
   __device__ __forceinline__ AffinePair affine(const Weight&, int step) const {

@@ -42,20 +42,12 @@ struct FromDevice {
 
 // Where StageCopier has put the same lane's words, in the order of LaneStage::load; the addresses are not looked at.
 struct FromShared {
-  const char* next;
+  ptx::SharedAddress next;
   int lane;
 
   template <int N>
   __device__ __forceinline__ void words(uint32_t* out, const void*) {
-    const char* from = next + lane * (4 * N);
-    if constexpr (N == 4) {
-      FromDevice::unpack(out, *reinterpret_cast<const uint4*>(from));
-    } else if constexpr (N == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      out[0] = v.x, out[1] = v.y;
-    } else {
-      out[0] = *reinterpret_cast<const uint32_t*>(from);
-    }
+    ptx::load_shared<N>(out, next + lane * (4 * N));
     next += 128 * N;
   }
   template <int N>

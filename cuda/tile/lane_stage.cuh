@@ -49,16 +49,4 @@ struct LaneStage {
   }
 };
 
-// Bytes of shared memory that StageCopier fills for a warp.
-template <class F>
-int lane_stage_bytes(const Weight& w) {
-  const int codes = kStageTiles<F> * (F::kLowBits + F::kHighBits);
-  if constexpr (F::kGroup != 0) {
-    return 32 * (4 * codes + static_cast<int>(sizeof(GroupRegisters<F>)));
-  } else {
-    const int scales = w.group == 32 ? 4 : w.group == 64 ? 2 : 1;
-    return 128 * (codes + scales + (w.has_plane(F::kScales + 1) ? (scales + 1) / 2 + (scales == 2) : 0));
-  }
-}
-
 }  // namespace jax_qgemm

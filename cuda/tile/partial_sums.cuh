@@ -15,10 +15,10 @@ struct PartialSums {
   float4* parts;   // [buffer][block of the cluster][slice][token tile that this block owns][thread of a warpgroup]
   uint64_t* full;  // [buffer]
   uint64_t* read;  // [buffer]
-  int slices, cluster, rank, buffers;
+  int slices, cluster, rank, buffers;  // cluster: 1 or 2
 
   // Token tiles of a block, and the warpgroups that sum them.
-  __device__ __forceinline__ int token_tiles() const { return kTokenTiles / cluster; }
+  __device__ __forceinline__ int token_tiles() const { return kTokenTiles >> (cluster - 1); }
   __device__ __forceinline__ int readers() const { return slices < token_tiles() ? slices : token_tiles(); }
   __device__ __forceinline__ float4* part(int buffer, int source) const {
     return parts + (buffer * cluster * slices + source) * token_tiles() * 128;
@@ -26,9 +26,10 @@ struct PartialSums {
 
   // By one thread of the block.
   __device__ __forceinline__ void start() const {
+    const int of_full = 4 * slices, of_read = 4 * readers() * cluster;
     for (int i = 0; i < buffers; ++i) {
-      ptx::barrier_init(full + i, 4 * slices);
-      ptx::barrier_init(read + i, 4 * readers() * cluster);
+      ptx::barrier_init(full + i, of_full);
+      ptx::barrier_init(read + i, of_read);
     }
   }
 

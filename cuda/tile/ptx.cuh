@@ -55,6 +55,18 @@ __device__ __forceinline__ int uniform(int value) {
   return r;
 }
 
+// True in one lane of a warp, all of whose lanes are here. (What only one thread does, ptxas can do with uniform
+// registers; of a thread that a comparison has chosen it does not know that it is alone.)
+__device__ __forceinline__ bool elect_one() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.b32 %0, 1, 0, one;\n}" : "=r"(elected));
+  return elected != 0;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
 // Read-only data that is used once: it need not stay in L1.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
@@ -66,6 +78,10 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ SharedAddress opaque(SharedAddress address) {
+  asm volatile("" : "+r"(address));
+  return address;
 }
 // As a number, for descriptors.
 __device__ __forceinline__ uint32_t shared_offset(SharedAddress address) { return address; }
@@ -107,6 +123,17 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
   }
 }
+// Zeros unless `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* from, bool valid) {
+  if constexpr (kBytes == 16) {
+    copy_async_16(to, from, valid);
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(valid ? kBytes : 0)
+                 : "memory");
+  }
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most kPending of the thread's committed groups are under way.
 template <int kPending>
@@ -146,6 +173,11 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t 
 // Waits for `threads` threads of the block, whole warps, that name the same barrier: 1 to 15, __syncthreads being 0.
 __device__ __forceinline__ void sync_named(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Counts as `threads` there do, but does not wait.
+__device__ __forceinline__ void arrive_named(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Clusters of thread blocks, what they need, and stmatrix: Hopper only. Launchers use them there alone.
@@ -190,13 +222,21 @@ __device__ __forceinline__ void barrier_init_fence() {
 }
 
 // One arrival, which lets the phase end only after `bytes` more have come.
+__device__ __forceinline__ void barrier_expect(SharedAddress barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+  barrier_expect(shared_address(barrier), bytes);
 }
 // One arrival at a barrier of this block; whoever waits for it sees what this thread has written.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// The same, if `on`: not by a branch, which ptxas does not want between wgmmas.
+__device__ __forceinline__ void barrier_arrive_if(bool on, SharedAddress barrier) {
+  asm volatile("{\n.reg .pred on;\nsetp.ne.b32 on, %1, 0;\n@on mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(barrier),
+               "r"(static_cast<int>(on))
+               : "memory");
 }
 // At the barrier of block `rank` of the cluster, whose address is that of this block's own. Not a release: that would
 // wait for every access under way, and what was read before has arrived.
@@ -207,8 +247,7 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-// The same at the barrier that lies `index` barriers behind, if `on`: not by a branch, which ptxas does not want
-// between wgmmas.
+// The same at the barrier that lies `index` barriers behind, if `on`.
 using ClusterAddress = uint32_t;
 __device__ __forceinline__ ClusterAddress cluster_address(const void* p, int rank) {
   uint32_t r;
@@ -222,12 +261,15 @@ __device__ __forceinline__ void barrier_arrive_if(bool on, ClusterAddress barrie
                : "memory");
 }
 // Until the phase of this parity has ended; for what this block itself or its copies have written.
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void barrier_wait(SharedAddress barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(shared_address(barrier)),
+      "@!done bra again;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  barrier_wait(shared_address(barrier), parity);
 }
 // For what other blocks of the cluster have written: this also empties the L1 cache.
 __device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
@@ -275,10 +317,13 @@ __device__ __forceinline__ ClusterAddress cluster_address(const void*, int) { re
 __device__ __forceinline__ void barrier_arrive_if(bool, ClusterAddress, int) {}
 __device__ __forceinline__ void barrier_init(uint64_t*, int) {}
 __device__ __forceinline__ void barrier_init_fence() {}
+__device__ __forceinline__ void barrier_expect(SharedAddress, int) {}
 __device__ __forceinline__ void barrier_expect(uint64_t*, int) {}
 __device__ __forceinline__ void stmatrix_x4_transposed(SharedAddress, const uint32_t (&)[4]) {}
 __device__ __forceinline__ void barrier_arrive(uint64_t*) {}
+__device__ __forceinline__ void barrier_arrive_if(bool, SharedAddress) {}
 __device__ __forceinline__ void barrier_arrive(uint64_t*, int) {}
+__device__ __forceinline__ void barrier_wait(SharedAddress, int) {}
 __device__ __forceinline__ void barrier_wait(uint64_t*, int) {}
 __device__ __forceinline__ void barrier_wait_cluster(uint64_t*, int) {}
 __device__ __forceinline__ void store_async(float*, float, uint64_t*, int) {}

@@ -60,17 +60,26 @@ struct StageCopier {
     return plane < kCodePlanes ? kStageTiles<F> * unit_bytes(plane) : kBlocks * 8 * unit_bytes(plane);
   }
 
+  // Of shared memory, a warp: a lane's two bytes take a word.
+  static consteval int bytes() {
+    int bytes = 0;
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      bytes += plane < kCodePlanes ? stage_bytes(plane) : kBlocks * 32 * std::max(4, unit_bytes(plane));
+    }
+    return bytes;
+  }
+
   const char* at[kPlanes];
   int stage_shift = 0;  // of integer formats, from a stage to its group: groups of 256 span two, a channel all
 
-  // row: of tiles, over all weights of a batch.
-  __device__ __forceinline__ StageCopier(const Weight& w, int64_t row, int k_tiles, int k_blocks, int lane) {
+  // row: of tiles, over all weights.
+  __device__ __forceinline__ StageCopier(const Weight& w, int row, int k_tiles, int k_blocks, int lane) {
     each_plane([&](auto plane) __attribute__((always_inline)) {
       constexpr int kPlane = decltype(plane)::value, kUnit = unit_bytes(kPlane);
       constexpr int kLane = kPlane < kCodePlanes ? (kUnit < 512 ? kUnit / 32 : 16) : kUnit;
-      const int index = kPlane < kCodePlanes ? lane : kUnit == 2 ? lane / 8 * 2 : lane / 4;
-      at[kPlane] =
-          static_cast<const char*>(w.planes[kPlane]) + row * row_bytes<kPlane>(w, k_tiles, k_blocks) + index * kLane;
+      const int index = kPlane < kCodePlanes ? lane : kUnit == 2 ? lane >> 3 << 1 : lane >> 2;
+      at[kPlane] = static_cast<const char*>(w.planes[kPlane]) + index * kLane +
+                   static_cast<int64_t>(row) * row_bytes<kPlane>(w, k_tiles, k_blocks);
     });
     if constexpr (F::kGroup == 0 && G::kSteps == 8) stage_shift = w.group == 0 ? 31 : w.group == 256;
   }
@@ -84,33 +93,26 @@ struct StageCopier {
 
   // In the order of LaneStage::load.
   __device__ __forceinline__ void copy(ptx::SharedAddress to, int stage, int k_tiles, int lane) const {
-    // Behind the last tile, where x is zero, anything will do: what comes first.
+    // Behind the last tile, where x is zero, are zeros.
     const bool whole = !kHasHalves || (stage + 1) * kStageTiles<F> <= k_tiles;
 #pragma unroll
     for (int tile = 0; tile < kStageTiles<F>; ++tile) {
-      const bool exists = tile == 0 || whole;
-      copy_words<0>(to, at[0] + stage * stage_bytes(0) + (exists ? tile * unit_bytes(0) : 0), lane);
-      if constexpr (kCodePlanes == 2) {
-        copy_words<1>(to, at[1] + stage * stage_bytes(1) + (exists ? tile * unit_bytes(1) : 0), lane);
-      }
+      copy_words<0>(to, stage, tile, tile == 0 || whole, lane);
+      if constexpr (kCodePlanes == 2) copy_words<1>(to, stage, tile, tile == 0 || whole, lane);
     }
+    const int groups = stage >> stage_shift;
     if constexpr (F::kGroup == 0) {
-      const int first = stage >> stage_shift;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const bool exists = block == 0 || whole;
         each_group_plane([&](auto plane) __attribute__((always_inline)) {
-          constexpr int kPlane = decltype(plane)::value, kDistance = 8 * unit_bytes(kPlane);
-          copy_words<kPlane>(to, at[kPlane] + first * stage_bytes(kPlane) + (exists ? block * kDistance : 0), lane);
+          copy_words<decltype(plane)::value>(to, groups, block, block == 0 || whole, lane);
         });
       }
     } else {
       each_group_plane([&](auto plane) __attribute__((always_inline)) {
-        constexpr int kPlane = decltype(plane)::value, kDistance = 8 * unit_bytes(kPlane);
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
-          const bool exists = block == 0 || whole;
-          copy_words<kPlane>(to, at[kPlane] + stage * stage_bytes(kPlane) + (exists ? block * kDistance : 0), lane);
+          copy_words<decltype(plane)::value>(to, groups, block, block == 0 || whole, lane);
         }
       });
     }
@@ -139,16 +141,23 @@ struct StageCopier {
     return (per_channel ? 1 : k_blocks) * 8 * unit_bytes(kPlane);
   }
 
-  // A lane's words of a tile of codes, or of a block's values. Two bytes, a pair of zero points, come with their
-  // neighbours'.
+  // A lane's words of tile `unit` of a stage's codes, or of block `unit` of its values. Two bytes, a pair of zero
+  // points, come with their neighbours'.
   template <int kPlane>
-  __device__ __forceinline__ static void copy_words(ptx::SharedAddress& to, const char* from, int lane) {
-    constexpr int kBytes = kPlane < kCodePlanes ? unit_bytes(kPlane) / 32 : unit_bytes(kPlane);
+  __device__ __forceinline__ void copy_words(ptx::SharedAddress& to, int stage, int unit, bool exists, int lane) const {
+    constexpr bool kCodes = kPlane < kCodePlanes;
+    constexpr int kBytes = kCodes ? unit_bytes(kPlane) / 32 : unit_bytes(kPlane);
     constexpr int kPiece = kBytes < 4 ? 4 : kBytes < 16 ? kBytes : 16;
-    constexpr int kDistance = kPlane < kCodePlanes ? 32 * kPiece : kPiece;  // between a lane's pieces
+    constexpr int kDistance = kCodes ? 32 * kPiece : kPiece;                     // between a lane's pieces
+    constexpr int kUnit = kCodes ? unit_bytes(kPlane) : 8 * unit_bytes(kPlane);  // between tiles or blocks
+    const char* from = at[kPlane] + static_cast<int64_t>(stage) * stage_bytes(kPlane) + unit * kUnit;
 #pragma unroll
     for (int i = 0; i * kPiece < kBytes; ++i) {
-      ptx::copy_async<kPiece>(to + lane * kPiece, from + i * kDistance);
+      if (unit == 0) {
+        ptx::copy_async<kPiece>(to + lane * kPiece, from + i * kDistance);
+      } else {
+        ptx::copy_async<kPiece>(to + lane * kPiece, from + i * kDistance, exists);
+      }
       to += 32 * kPiece;
     }
   }

@@ -101,7 +101,16 @@ class StagedWeight {
   };
 
   StagedWeight() = default;
-  __device__ __forceinline__ StagedWeight(const Weight& w, int row, int lane) { place<0>(w, row, lane); }
+  // row: of the box; boxes: as many times the rows of tiles that kBytes is for.
+  __device__ __forceinline__ StagedWeight(const Weight& w, int row, int lane, int boxes = 1) {
+    place<0>(w, row, lane, boxes);
+  }
+
+  // Keeps the compiler from computing it all again wherever it is used.
+  __device__ __forceinline__ void pin() {
+#pragma unroll
+    for (int& offset : from) offset = ptx::opaque(offset);
+  }
 
   // tile: of the stage; k_tile: of all.
   __device__ __forceinline__ void load(Tile& out, ptx::SharedAddress stage, int tile, int k_tile) const {
@@ -112,20 +121,20 @@ class StagedWeight {
 
  private:
   template <int I>
-  __device__ __forceinline__ void place(const Weight& w, int row, int lane) {
+  __device__ __forceinline__ void place(const Weight& w, int row, int lane, int boxes) {
     constexpr int kFirst = first(I), kGroup = I - kCodePlanes<F>;
     constexpr PlaneBlock kBlock = block(I);
     if constexpr (kGroup < 0) {
       constexpr int kBits = kBlock.bytes / 128;
-      from[I] = kFirst + row * kBlock.box_bytes(Tiles) + lane * 4 * (kBits < 4 ? kBits : 4);
+      from[I] = kFirst * boxes + row * kBlock.box_bytes(Tiles) + lane * 4 * (kBits < 4 ? kBits : 4);
     } else {
       // A plane that is not there is not copied either; what is read in its place is not used.
       PlaneBlock b = kBlock;
       if constexpr (kIsInteger) b = plane_block<F>(I, w.group);
-      from[I] = kFirst + row * b.box_bytes(Tiles) + lane / 4 * (b.bytes / 8);
+      from[I] = kFirst * boxes + row * b.box_bytes(Tiles) + lane / 4 * (b.bytes / 8);
       integer_step[kGroup] = b.tiles == 1 ? b.bytes : 0;
     }
-    if constexpr (I + 1 < kPlaneCount<F>) place<I + 1>(w, row, lane);
+    if constexpr (I + 1 < kPlaneCount<F>) place<I + 1>(w, row, lane, boxes);
   }
 
   struct IntegerReader {

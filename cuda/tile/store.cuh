@@ -30,6 +30,27 @@ __device__ __forceinline__ void store_result(const Product& p, int64_t batch, in
   store_scalar(p.out, at, p.out_type, value);
 }
 
+// Results of columns `column` and 8 further, of `token` and the next each, as mma leaves them in a lane; there is no
+// epilogue.
+__device__ __forceinline__ void store_fragment(const Product& p, int64_t batch, int64_t token, int64_t column,
+                                               float4 sums) {
+  const auto store = [&]<class To>(To* out, const auto& convert) {
+    To* to = out + (batch * p.m + token) * p.n + column;
+    if (token < p.m && column < p.n) to[0] = convert(sums.x);
+    if (token + 1 < p.m && column < p.n) to[p.n] = convert(sums.y);
+    if (token < p.m && column + 8 < p.n) to[8] = convert(sums.z);
+    if (token + 1 < p.m && column + 8 < p.n) to[p.n + 8] = convert(sums.w);
+  };
+  switch (p.out_type) {
+    case Scalar::kF16:
+      return store(static_cast<__half*>(p.out), [](float v) { return __float2half_rn(v); });
+    case Scalar::kBF16:
+      return store(static_cast<__nv_bfloat16*>(p.out), [](float v) { return __float2bfloat16_rn(v); });
+    default:
+      return store(static_cast<float*>(p.out), [](float v) { return v; });
+  }
+}
+
 // Columns [column, column + 64) of w for kTokens tokens, whose sums are in shared memory, kStride floats a token, and
 // are overwritten; by the 128 threads of a warpgroup. Neighbouring threads write neighbouring elements.
 template <int kTokens, int kStride>

@@ -13,12 +13,16 @@ namespace jax_qgemm::ptx {
 
 // The box of a matrix whose first element is (column, row), zeros outside the matrix; its bytes count on `barrier`.
 __device__ __forceinline__ void load_box(SharedAddress to, const CUtensorMap* map, int column, int row,
-                                         uint64_t* barrier) {
+                                         SharedAddress barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
+}
+__device__ __forceinline__ void load_box(SharedAddress to, const CUtensorMap* map, int column, int row,
+                                         uint64_t* barrier) {
+  load_box(to, map, column, row, shared_address(barrier));
 }
 // The same for both blocks of a cluster: to the same place in each, and counted on the barrier of each.
 __device__ __forceinline__ void load_box_for_both(SharedAddress to, const CUtensorMap* map, int column, int row,

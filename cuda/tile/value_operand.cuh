@@ -38,17 +38,20 @@ struct Packed {
   }
 };
 
-// One sum runs over all of k, whatever the groups: the operand is the weight, rounded once to x's type.
+// Exact: the operand is level - zero, which both types hold, and sums are multiplied by the scale; of formats without
+// minimums and tables.
 //
-// Packed: two values at a time, level - zero is made exactly and then multiplied by the scale. That takes a scale of 16
-// bits, and what is rounded with it moves all weights of a group together, which adds up where x has a mean: a scale
-// that needs more bits is the sum of two numbers. A minimum is added by the same instruction, where it and the scale
-// are float16 as x is. Else, in float32: a scale and a minimum that are products, as in k-quants.
+// Else one sum runs over all of k, whatever the groups: the operand is the weight, rounded once to x's type. Packed:
+// two values at a time, level - zero is made exactly and then multiplied by the scale. That takes a scale of 16 bits,
+// and what is rounded with it moves all weights of a group together, which adds up where x has a mean: a scale that
+// needs more bits is the sum of two numbers. A minimum is added by the same instruction, where it and the scale are
+// float16 as x is. Else, in float32: a scale and a minimum that are products, as in k-quants.
 //
 // In f16 a weight below 2^-25 becomes zero and one above 65504 infinite, but where the scale alone is above: that
 // counts as 65504, since infinity times level - zero = 0 would be no number. bf16 has float32's range.
-template <class F, class T>
+template <class F, class T, bool kExact = false>
 class ValueOperand {
+  static_assert(!kExact || (!F::kHasMinimum && !F::kHasTable && F::kKBlock != 256));
   static constexpr bool kFloat4 = requires { F::kIsE2M1; }, kTable = F::kHasTable && !kFloat4;
   static constexpr bool kProducts = F::kKBlock == 256;  // of a float16 scale with a small integer
   static constexpr bool kFloat32 = !F::kHasTable && (kProducts || (F::kHasMinimum && T::kIsBF16));
@@ -73,6 +76,11 @@ class ValueOperand {
     Row row[2];
   };
 
+  // What sums of rows g (0) and g+8 (1) are in units of.
+  __device__ __forceinline__ static constexpr float unit(int row) {
+    return kExact && kNibbles && T::kIsBF16 && row == 1 ? 4.0f : 1.0f;
+  }
+
   __device__ __forceinline__ static Group prepare(const AffinePair& affine) {
     return {prepare_row<0>(affine.row[0]), prepare_row<1>(affine.row[1])};
   }
@@ -85,7 +93,7 @@ class ValueOperand {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = weight(T::kIsBF16 ? V{a[i]} : V{a[i]} * unit, group.row[i % 2]);
     } else if constexpr (kTable) {
-      look_up(a, codes.low.words[step]);
+      TableOperand<F, T, false>::decode(a, codes.low.words[step]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = weight({a[i]}, group.row[i % 2]);
     } else if constexpr (kNibbles && !kFloat32) {
@@ -134,6 +142,7 @@ class ValueOperand {
       } else {
         row.zero = {(0x8000u + (kMagic & 0xffffu) + zero) * 0x00010001u};
       }
+      if constexpr (kExact) return row;
       const float scale = affine.scale * (kHigh && T::kIsBF16 ? 4.0f : 1.0f);
       row.scale = V::twice(scale);
       if constexpr (F::kHasMinimum) {
@@ -146,6 +155,7 @@ class ValueOperand {
   }
 
   __device__ __forceinline__ static uint32_t weight(V difference, const PackedRow& row) {
+    if constexpr (kExact) return difference.bits;
     if constexpr (F::kHasMinimum) return fma(difference, row.scale, row.rest).bits;
     if constexpr (kScaleOfTwo) return fma(difference, row.scale, difference * row.rest).bits;
     return (difference * row.scale).bits;
@@ -169,48 +179,6 @@ class ValueOperand {
   __device__ __forceinline__ static V difference_of_bytes(uint32_t word, V zero) {
     const V qvalue = V{ptx::and_or<0x007f007fu>(word, kMagic)} - V{ptx::and_or<0x00800080u>(word, kMagic)};
     return F::kGroup == 0 ? qvalue + zero : qvalue;
-  }
-
-  // The 16-bit bits of level - zero of a table's entry.
-  __device__ __forceinline__ static constexpr uint32_t entry_bits(int i) {
-    const int value = F::table(i) - F::kZero;
-    if (value == 0) return 0;
-    const uint32_t magnitude = static_cast<uint32_t>(value < 0 ? -value : value);
-    uint32_t exponent = 0;
-    while (magnitude >> (exponent + 1)) ++exponent;
-    constexpr int kMantissa = T::kIsBF16 ? 7 : 10, kBias = T::kIsBF16 ? 127 : 15;
-    return (value < 0 ? 0x8000u : 0) | (exponent + kBias) << kMantissa |
-           (magnitude << (kMantissa - exponent) & ((1u << kMantissa) - 1));
-  }
-  // Byte `byte` of entries 4i to 4i + 3.
-  __device__ __forceinline__ static constexpr uint32_t entry_bytes(int i, int byte) {
-    uint32_t bytes = 0;
-    for (int e = 0; e < 4; ++e) bytes |= (entry_bits(4 * i + e) >> 8 * byte & 255) << 8 * e;
-    return bytes;
-  }
-
-  // Four entries of the table for as many nibbles of the selectors, a byte each.
-  template <int Byte>
-  __device__ __forceinline__ static uint32_t entries(uint32_t in_half, uint32_t half) {
-    constexpr uint32_t t[4] = {entry_bytes(0, Byte), entry_bytes(1, Byte), entry_bytes(2, Byte), entry_bytes(3, Byte)};
-    return ptx::permute_bytes(ptx::permute_bytes(t[0], t[1], in_half), ptx::permute_bytes(t[2], t[3], in_half), half);
-  }
-
-  // prmt takes its selectors as nibbles, which is what the codes are: of an element of registers 0 to 3 in the word's
-  // low half, and of their second elements in its high half.
-  __device__ __forceinline__ static void look_up(uint32_t (&a)[4], uint32_t word) {
-    const uint32_t in_half = word & 0x77777777u;
-    const uint32_t half = ptx::and_or<0x44444444u>(word >> 1, 0x32103210u);  // byte i of the first eight, or the last
-    const uint32_t first[2] = {entries<0>(in_half, half), entries<1>(in_half, half)};
-    const uint32_t second[2] = {entries<0>(in_half >> 16, half >> 16), entries<1>(in_half >> 16, half >> 16)};
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {  // of registers
-      const uint32_t bytes = pair ? 0x7362u : 0x5140u;
-      const uint32_t firsts = __byte_perm(first[0], first[1], bytes),
-                     seconds = __byte_perm(second[0], second[1], bytes);
-      a[2 * pair] = __byte_perm(firsts, seconds, 0x5410);
-      a[2 * pair + 1] = __byte_perm(firsts, seconds, 0x7632);
-    }
   }
 };
 

@@ -1,4 +1,4 @@
-// wgmma, Hopper's product of four warps: c (64 x N) += a (64 x 16) * b (16 x N). Only code for sm_90a has it.
+// wgmma, Hopper's product of four warps: c (64 x N) += or = a (64 x 16) * b (16 x N). Only code for sm_90a has it.
 // tests/emulation provides the same functions on the CPU.
 //
 // a is in registers: warp w of the warpgroup has rows 16w to 16w + 15 as the A operand of mma.m16n8k16. b lies in
@@ -14,6 +14,13 @@ namespace jax_qgemm {
 __device__ __forceinline__ uint64_t swizzled_operand(ptx::SharedAddress first) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{1024 >> 4} << 32, kLeading = uint64_t{1} << 16;
   return kSwizzle128 | kStride | kLeading | (ptx::shared_offset(first) & 0x3ffff) >> 4;
+}
+
+// The same of an address that is the same in all lanes, in a uniform register, from which wgmma takes it.
+__device__ __forceinline__ uint64_t uniform_operand(ptx::SharedAddress first) {
+  const uint64_t operand = swizzled_operand(first);
+  const int low = ptx::uniform(static_cast<int>(operand));
+  return (operand & ~uint64_t{0xffffffff}) | static_cast<uint32_t>(low);
 }
 
 // The same for k-step `step` of the 64. Its low half does not overflow.
@@ -78,30 +85,35 @@ __device__ __forceinline__ void lower_registers() {
   "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// Operands: the sums, then a and b, whose numbers follow.
-#define QG_WGMMA(N, TYPE, SUMS, A, B)                                                                             \
-  asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
-               "." TYPE " {" QG_NAMES_##SUMS "}, {" A "}, " B ", add, 1, 1, 0;\n}"                                \
-               : QG_OUT_##SUMS(0)                                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// Operands: the sums, then a, b and whether to add to the sums, whose numbers follow.
+#define QG_WGMMA(N, TYPE, SUMS, A, B, ADD)                                                              \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+               "k16.f32." TYPE "." TYPE " {" QG_NAMES_##SUMS "}, {" A "}, " B ", add, 1, 1, 0;\n}"      \
+               : QG_OUT_##SUMS(0)                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(static_cast<int>(kAdd)))
 #define QG_WGMMA_SIZES(NAME, TYPE)                                                            \
+  template <bool kAdd>                                                                        \
   __device__ __forceinline__ void NAME(float (&c)[8], const uint32_t (&a)[4], uint64_t b) {   \
-    QG_WGMMA(16, TYPE, 8, "%8,%9,%10,%11", "%12");                                            \
+    QG_WGMMA(16, TYPE, 8, "%8,%9,%10,%11", "%12", "%13");                                     \
   }                                                                                           \
+  template <bool kAdd>                                                                        \
   __device__ __forceinline__ void NAME(float (&c)[16], const uint32_t (&a)[4], uint64_t b) {  \
-    QG_WGMMA(32, TYPE, 16, "%16,%17,%18,%19", "%20");                                         \
+    QG_WGMMA(32, TYPE, 16, "%16,%17,%18,%19", "%20", "%21");                                  \
   }                                                                                           \
+  template <bool kAdd>                                                                        \
   __device__ __forceinline__ void NAME(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {  \
-    QG_WGMMA(64, TYPE, 32, "%32,%33,%34,%35", "%36");                                         \
+    QG_WGMMA(64, TYPE, 32, "%32,%33,%34,%35", "%36", "%37");                                  \
   }                                                                                           \
+  template <bool kAdd>                                                                        \
   __device__ __forceinline__ void NAME(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {  \
-    QG_WGMMA(128, TYPE, 64, "%64,%65,%66,%67", "%68");                                        \
+    QG_WGMMA(128, TYPE, 64, "%64,%65,%66,%67", "%68", "%69");                                 \
   }                                                                                           \
+  template <bool kAdd>                                                                        \
   __device__ __forceinline__ void NAME(float (&c)[128], const uint32_t (&a)[4], uint64_t b) { \
-    QG_WGMMA(256, TYPE, 128, "%128,%129,%130,%131", "%132");                                  \
+    QG_WGMMA(256, TYPE, 128, "%128,%129,%130,%131", "%132", "%133");                          \
   }
 
-// N is twice the number of sums. Enqueues only: see wgmma_wait().
+// N is twice the number of sums. Enqueues only: see wgmma_wait(). kAdd false: whatever the sums were before.
 QG_WGMMA_SIZES(wgmma_f16, "f16")
 QG_WGMMA_SIZES(wgmma_bf16, "bf16")
 
@@ -125,12 +137,12 @@ QG_WGMMA_SIZES(wgmma_bf16, "bf16")
 
 namespace jax_qgemm {
 
-template <class T, int Sums>
+template <class T, bool kAdd = true, int Sums>
 __device__ __forceinline__ void wgmma(float (&sums)[Sums], const uint32_t (&a)[4], uint64_t b) {
   if constexpr (T::kIsBF16) {
-    ptx::wgmma_bf16(sums, a, b);
+    ptx::wgmma_bf16<kAdd>(sums, a, b);
   } else {
-    ptx::wgmma_f16(sums, a, b);
+    ptx::wgmma_f16<kAdd>(sums, a, b);
   }
 }
 

@@ -37,7 +37,9 @@ struct XRing {
   __device__ __forceinline__ void start(int passes, int slot_bytes) {
     const bool stays = shape.slots == shape.steps;
     if (stays && shape.steps * slot_bytes <= kXAtOnceBytes) {
-      load_all();
+#pragma unroll 1
+      for (int i = 0; i < shape.steps; ++i) load(i, i);
+      ptx::copy_async_commit();
       ptx::copy_async_wait<0>();
       __syncthreads();
       return;
@@ -48,13 +50,6 @@ struct XRing {
       if (i < to_read) load(i, i);
       ptx::copy_async_commit();
     }
-  }
-
-  // Where all steps have a slot: begins to load them all.
-  __device__ __forceinline__ void load_all() const {
-#pragma unroll 1
-    for (int i = 0; i < shape.steps; ++i) load(i, i);
-    ptx::copy_async_commit();
   }
 
   // Of the whole thread block, before it reads a step, while to_read is not 0.

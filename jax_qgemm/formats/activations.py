@@ -1,4 +1,4 @@
-"""Activations quantized to 8 bits, for integer products.
+"""Activations quantized to 8 bits, for products with quantized weights.
 
 What is said of ggml is how its quantize_row_q8_1_ref (ggml-quants.c) and quantize_q8_1
 (ggml-cuda/quantize.cu) do.
@@ -7,12 +7,14 @@ What is said of ggml is how its quantize_row_q8_1_ref (ggml-quants.c) and quanti
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+import json
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 
 from jax_qgemm.formats.bits import as_u16, flat, in_blocks, low_bytes
 from jax_qgemm.formats.format import exact_divide, f32_to_f16, rounded
@@ -24,26 +26,46 @@ _LARGEST = 127 * 65504.0  # its scale is the largest finite float16
 Convention = Literal["cpu", "cuda"]
 
 
+class ActivationFormat(NamedTuple):
+    """The types of the arrays of `QActivations`; group 0 is one scale per token, None what there is not."""
+
+    codes: str
+    scales: str
+    sums: str | None
+    group: int
+    largest: int  # magnitude of a code
+
+
+ACTIVATION_FORMATS = {
+    "q8_1": ActivationFormat("int8", "float16", "int16", BLOCK, 127),
+    "int8": ActivationFormat("int8", "float32", None, 0, 127),
+    "fp8": ActivationFormat("float8_e4m3fn", "float32", None, 0, 448),
+}
+
+
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class QActivations:
     """Quantized activations of logical shape (..., k):
 
-        x ~ scale * code,    and in every group    sum(x) ~ scale * sum
+        x ~ scale * code
 
-    A pytree; its leaves are the three arrays, its format is static.
+    A pytree; its leaves are the arrays that the format has. Format and type are static. From `quantize_activations`.
 
     Attributes:
-      codes: int8 (..., k).
-      scales: float16 (..., k / 32).
-      sums: int16 (..., k / 32), sum of the codes of each group, for products with weights that have minimums.
-      format: "q8_1".
+      format: "int8" and "fp8" have one scale per token, a row along k; "q8_1" one for every 32 elements.
+      codes: (..., k), int8, or float8_e4m3fn for "fp8".
+      scales: (..., 1) float32, or (..., k / 32) float16 for "q8_1".
+      sums: int16 (..., k / 32), the sum of the codes of each group, for products with weights that have minimums; None
+        but for "q8_1".
+      dtype: the type that x had, which products give by default.
     """
 
+    format: str = dataclasses.field(metadata={"static": True})
     codes: jax.Array
     scales: jax.Array
-    sums: jax.Array
-    format: str = dataclasses.field(default="q8_1", metadata={"static": True})
+    sums: jax.Array | None = None
+    dtype: np.dtype = dataclasses.field(default=np.dtype(np.float32), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,31 +75,132 @@ class QActivations:
     def ndim(self) -> int:
         return self.codes.ndim
 
+    def __repr__(self) -> str:
+        shape = getattr(self.codes, "shape", self.codes)  # inside a transform leaves may be anything
+        return f"QActivations({self.format}, shape={shape}, of {self.dtype})"
+
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """scale * code (..., k), exact in float32, rounded once to `dtype`."""
-        grouped = in_blocks(self.codes, BLOCK).astype(jnp.float32)
+        """scale * code (..., k), multiplied in float32 (for "q8_1" exactly), rounded to `dtype`."""
+        groups = self.scales.shape[-1]
+        grouped = in_blocks(self.codes, self.codes.shape[-1] // groups).astype(jnp.float32)
         return flat(grouped * self.scales.astype(jnp.float32)[..., None]).astype(dtype)
+
+    def check(self, name: str = "x") -> None:
+        """Raises unless the arrays are those of the format, which nothing checks when they are put in.
+
+        Raises:
+          TypeError: an array of another type.
+          ValueError: an unknown format, or an array of another shape.
+        """
+        kind = _activation_format(self.format)
+        *rows, k = np.shape(self.codes) or (0,)
+        if k == 0 or (kind.group and k % kind.group):
+            raise ValueError(f"codes of {name} ({self.format}) have shape {np.shape(self.codes)}, expected (..., k)")
+        per_group = (*rows, k // kind.group if kind.group else 1)
+        for part, dtype, shape in (
+            ("codes", kind.codes, (*rows, k)), ("scales", kind.scales, per_group), ("sums", kind.sums, per_group),
+        ):  # fmt: skip
+            array: Any = getattr(self, part)
+            got = None if array is None else getattr(array, "dtype", type(array).__name__)
+            if got != (None if dtype is None else jnp.dtype(dtype)):
+                raise TypeError(f"{part} of {name} ({self.format}) must be {dtype}, got {got}")
+            if array is not None and array.shape != shape:
+                raise ValueError(f"{part} of {name} ({self.format}) have shape {array.shape}, expected {shape}")
+
+
+def _deserialize_aux(data: bytes | bytearray) -> tuple[str, np.dtype]:
+    format, dtype = json.loads(bytes(data))
+    return format, jnp.dtype(dtype)
+
+
+export.register_pytree_node_serialization(
+    QActivations,
+    serialized_name="jax_qgemm.QActivations",
+    serialize_auxdata=lambda aux: json.dumps([aux[0], aux[1].name]).encode(),
+    deserialize_auxdata=_deserialize_aux,
+)
+
+
+def _activation_format(format: Any) -> ActivationFormat:
+    if not (isinstance(format, str) and format in ACTIVATION_FORMATS):
+        known = ", ".join(ACTIVATION_FORMATS)
+        raise ValueError(f"unknown activation format {format!r}; known formats: {known}")
+    return ACTIVATION_FORMATS[format]
 
 
 def quantize_activations(x: Any, format: str = "q8_1") -> QActivations:
-    """Quantizes activations in groups of 32 along their last axis.
+    """Quantizes activations along their last axis. Every backend gives the same bytes.
 
-    d = max|x| / 127 in float32, code = x * (1 / d) rounded to nearest, halves away from zero; d is then
-    rounded to float16. Values beyond +-127 * 65504 (8.3e6), whose d would overflow float16, are first clamped
+    "int8" and "fp8", one scale per token, dynamic and symmetric: scale = max|x| / L in float32, code = x * (L / max|x|)
+    rounded to nearest, ties to even, both quotients being rounded once; L is 127, and 448, the largest float8_e4m3fn.
+    One product per element and no division, so that the code is that of the exact quotient unless this lies within
+    2^-23 of itself from the middle of two codes. A token whose largest magnitude is below L * 2^-100 (1e-28) is taken
+    for zeros: scale and codes are 0. A token with an Inf or a NaN has the scale NaN, and decodes to NaN.
+
+    "q8_1", in groups of 32: d = max|x| / 127 in float32, code = x * (1 / d) rounded to nearest, halves away from zero;
+    d is then rounded to float16. Values beyond +-127 * 65504 (8.3e6), whose d would overflow float16, are first clamped
     to that: finite x never gives Inf or NaN. A group with an Inf or a NaN decodes to NaN.
 
+    The result has no derivative. `matmul(x, w, x_format=..., straight_through=True)` differentiates as if x were not
+    quantized.
+
     Args:
-      x: float16, bfloat16 or float32 (..., k), k a multiple of 32.
-      format: "q8_1".
+      x: float16, bfloat16 or float32 (..., k), k positive, for "q8_1" a multiple of 32.
+      format: "int8", "fp8" or "q8_1".
 
     Raises:
-      TypeError: x is not a float array.
-      ValueError: an unknown format, or k not a positive multiple of 32.
+      TypeError: x is not a float array; or it is differentiated (`jax.lax.stop_gradient` says that it shall not be).
+      ValueError: an unknown format, or another k.
     """
-    if format != "q8_1":
-        raise ValueError(f"unknown activation format {format!r}; known formats: q8_1")
-    codes, d = absmax_int8(_checked_groups(x))
-    return QActivations(flat(codes), rounded(d, jnp.float16), _sums(codes))
+    kind = _activation_format(format)
+    _check_x(x, kind.group or 1)
+    codes, scales, sums = _quantize(jnp.asarray(x), format)
+    return QActivations(format, codes, scales, sums, np.dtype(x.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _quantize(x: jax.Array, format: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    if format == "q8_1":
+        codes, d = absmax_int8(_groups(x))
+        return flat(codes), rounded(d, jnp.float16), _sums(codes)
+    return *_per_token(x, format), None
+
+
+@_quantize.defjvp
+def _refuse(format: str, primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        f"x is differentiated, but its {format} codes have no derivative: matmul(x, w, x_format=..., "
+        "straight_through=True) differentiates as if x were not quantized, jax.lax.stop_gradient(x) not at all"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _per_token(x: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
+    """Codes and float32 scales (..., 1) of x."""
+    kind = ACTIVATION_FORMATS[format]
+    x = x.astype(jnp.float32)
+    top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # Below, backends that take subnormal numbers for zeros would in the end give other bytes than those that do not.
+    top = jnp.where(top < kind.largest * 2.0**-100, 0.0, top)
+    scales = jnp.where(jnp.isinf(top), jnp.nan, exact_divide(top, kind.largest))
+    is_plain = (top > 0) & (top < jnp.inf)
+    # The largest element becomes the largest code, within two roundings: no code needs to be clipped.
+    factor = jnp.where(is_plain, exact_divide(kind.largest, jnp.where(is_plain, top, 1.0)), 0.0)
+    # Without a barrier XLA may compute what belongs to a token once for every element.
+    scales, factor = lax.optimization_barrier((scales, factor))
+    scaled = jnp.where(factor > 0, x * factor, 0.0)
+    codes = jnp.round(scaled) if format == "int8" else _rounded_to_e4m3(scaled)
+    return codes.astype(kind.codes), scales
+
+
+def _rounded_to_e4m3(value: jax.Array) -> jax.Array:
+    """float32 values up to 448 that float8_e4m3fn holds, ties to even. Conversions by way of another type round twice,
+    which these values survive."""
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    exponent = jnp.maximum((bits >> 23) & 0xFF, 127 - 6)  # of the smallest normal number, which subnormal ones share
+    step, inverse = (lax.bitcast_convert_type(e << 23, jnp.float32) for e in (exponent - 3, 254 + 3 - exponent))
+    return jnp.round(value * inverse) * step
 
 
 def q8_1_to_bytes(x: Any, convention: Convention) -> jax.Array:
@@ -100,7 +223,8 @@ def q8_1_to_bytes(x: Any, convention: Convention) -> jax.Array:
     """
     if convention not in ("cpu", "cuda"):
         raise ValueError(f'convention must be "cpu" or "cuda", got {convention!r}')
-    groups = _checked_groups(x)
+    _check_x(x, BLOCK)
+    groups = _groups(jnp.asarray(x))
     codes, d = absmax_int8(groups)
     if convention == "cpu":
         s = d * _sums(codes).astype(jnp.float32)
@@ -133,19 +257,23 @@ def q8_1_from_bytes(raw: Any) -> QActivations:
     blocks = in_blocks(jnp.asarray(raw), BLOCK_BYTES)
     codes = lax.bitcast_convert_type(blocks[..., 4:], jnp.int8)
     scales = lax.bitcast_convert_type(as_u16(blocks[..., :2]), jnp.float16)
-    return QActivations(flat(codes), scales, _sums(codes))
+    return QActivations("q8_1", flat(codes), scales, _sums(codes))
 
 
 def _sums(codes: jax.Array) -> jax.Array:
     return jnp.sum(codes, axis=-1, dtype=jnp.int16)
 
 
-def _checked_groups(x: Any) -> jax.Array:
-    """float32 (..., k / 32, 32), clamped to what float16 scales can express; infinities stay."""
+def _check_x(x: Any, block: int) -> None:
     if not hasattr(x, "dtype") or x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         got = getattr(x, "dtype", None) or type(x).__name__
         raise TypeError(f"x must be a float16, bfloat16 or float32 array, got {got}")
-    if x.ndim < 1 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
-        raise ValueError(f"x must have shape (..., k) with k a positive multiple of {BLOCK}, got {tuple(x.shape)}")
-    x = jnp.asarray(x, jnp.float32)
+    if x.ndim < 1 or x.shape[-1] == 0 or x.shape[-1] % block:
+        multiple = f" a positive multiple of {block}" if block > 1 else " positive"
+        raise ValueError(f"x must have shape (..., k) with k{multiple}, got {tuple(x.shape)}")
+
+
+def _groups(x: jax.Array) -> jax.Array:
+    """float32 (..., k / 32, 32), clamped to what float16 scales can express; infinities stay."""
+    x = x.astype(jnp.float32)
     return in_blocks(jnp.where(jnp.isinf(x), x, jnp.clip(x, -_LARGEST, _LARGEST)), BLOCK)

@@ -17,10 +17,11 @@ from jax_qgemm._registration import FUSED_MATMUL_TARGET
 from jax_qgemm.formats.layout import TILE_N
 from jax_qgemm.ops.lowering import FLOAT_DTYPES, check_operands, register_lowerings, result_aval
 from jax_qgemm.ops.matmul_primitive import qmatmul_p
+from jax_qgemm.ops.stack import map_weights, split
 
 qmatmul_fused_p = Primitive("qmatmul_fused")
-"""Operands: x (*batch, ..., k) and the planes of one weight (*batch, n/16, k/k_block, payload); then those that there
-are of global_scale, float32 () or (*batch,); bias, (n,) or (*batch, n); and residual, of the result's shape.
+"""Operands: x, planes and perhaps experts as of `qmatmul_p`; then those that there are of global_scale, float32 () or
+(*batch,); bias, (n,) or (*batch, n); and residual, of the result's shape.
 
 Parameters: those of `qmatmul_p` without transpose, and
   activation: None or a key of `reference.ACTIVATIONS`.
@@ -30,16 +31,17 @@ Parameters: those of `qmatmul_p` without transpose, and
 """
 
 
-def bind(x: jax.Array, planes: Any, scale: Any, bias: Any, residual: Any, **params: Any) -> jax.Array:
-    """The primitive, with None for operands that there are not."""
+def bind(x: jax.Array, weights: Any, scale: Any, bias: Any, residual: Any, **params: Any) -> jax.Array:
+    """The primitive, with None for operands that there are not. `weights`: the planes, and experts if `has_experts`."""
     extras = {"scale": scale, "bias": bias, "residual": residual}
     operands = [operand for operand in extras.values() if operand is not None]
     has = {f"has_{name}": operand is not None for name, operand in extras.items()}
-    return qmatmul_fused_p.bind(x, *planes, *operands, **params, **has)
+    return qmatmul_fused_p.bind(x, *weights, *operands, **params, **has)
 
 
 def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -> tuple[Any, Any, Any, Any, Any]:
-    """x, planes, global_scale, bias and residual, None for what there is not; of operands or what belongs to them."""
+    """x, planes and experts, global_scale, bias and residual, None for an extra that there is not; of operands or what
+    belongs to them."""
     x, *rest = operands
     count = len(rest) - has_scale - has_bias - has_residual
     extras = iter(rest[count:])
@@ -48,17 +50,18 @@ def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -
 
 
 def _has(params: dict[str, Any]) -> dict[str, bool]:
-    return {name: value for name, value in params.items() if name.startswith("has_")}
+    return {name: params[name] for name in ("has_scale", "has_bias", "has_residual")}
 
 
 @qmatmul_fused_p.def_abstract_eval
 def _abstract_eval(
-    *operands, format, padding, batch_ndim, out_dtype, highest, kernel, activation, gated, has_scale, has_bias,
-    has_residual,
+    *operands, format, padding, has_experts, batch_ndim, out_dtype, highest, kernel, activation, gated, has_scale,
+    has_bias, has_residual,
 ):  # fmt: skip
     del highest, kernel
-    x, planes, scale, bias, residual = _split(operands, has_scale, has_bias, has_residual)
-    n = check_operands(x, planes, format, padding, batch_ndim)
+    x, weights, scale, bias, residual = _split(operands, has_scale, has_bias, has_residual)
+    planes, experts = split(weights, has_experts)
+    n = check_operands(x, planes, format, padding, batch_ndim, experts=experts)
     if activation is not None and activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)} or None, got {activation!r}")
     if gated and (n % (2 * TILE_N) or padding[1]):
@@ -80,8 +83,8 @@ def _abstract_eval(
 
 def _composed(*operands, out_dtype, activation, gated, has_scale, has_bias, has_residual, **params):
     """The same by the core product and jnp: what its derivatives, and batches that it has no place for, are made of."""
-    x, planes, *extras = _split(operands, has_scale, has_bias, has_residual)
-    sums = qmatmul_p.bind(x, *planes, transpose=False, out_dtype="float32", **params)
+    x, weights, *extras = _split(operands, has_scale, has_bias, has_residual)
+    sums = qmatmul_p.bind(x, *weights, transpose=False, out_dtype="float32", **params)
     return reference.epilogue(
         sums, *extras, batch_ndim=params["batch_ndim"], activation=activation, gated=gated, out_dtype=out_dtype
     )
@@ -99,9 +102,9 @@ def _composed_in(indices: list[int], operands: Any, params: dict[str, Any]) -> C
 
 def _batch(args, dims, **params):
     # An operand that is not mapped has dimension None.
-    x, planes, scale, bias, residual = _split(args, **_has(params))
-    x_dim, plane_dims, scale_dim, bias_dim, residual_dim = _split(dims, **_has(params))
-    own_weights = any(d is not None for d in plane_dims)
+    x, weights, scale, bias, residual = _split(args, **_has(params))
+    x_dim, weight_dims, scale_dim, bias_dim, residual_dim = _split(dims, **_has(params))
+    own_weights = any(d is not None for d in weight_dims)
     if not own_weights and (x_dim is None or scale_dim is not None or bias_dim is not None):
         # One call would need a copy of the weight for every bias, or repeat the same sums for every residual.
         return jax.vmap(functools.partial(_composed, **params), tuple(dims))(*args), 0
@@ -134,9 +137,10 @@ def _batch(args, dims, **params):
             array = jnp.broadcast_to(array.reshape(size, *(1,) * (len(batch) - 1), *own), (*batch, *own))
         return array
 
-    planes = [mapped(plane, d) for plane, d in zip(planes, plane_dims, strict=True)] if own_weights else planes
+    if own_weights:
+        weights = map_weights(weights, weight_dims, size, params["has_experts"])
     scale, bias = of_weights(scale, scale_dim, 0), of_weights(bias, bias_dim, 1)
-    return bind(x, planes, scale, bias, mapped(residual, residual_dim), **params), axis
+    return bind(x, weights, scale, bias, mapped(residual, residual_dim), **params), axis
 
 
 def _jvp(primals, tangents, **params):

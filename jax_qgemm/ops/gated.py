@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jax_qgemm.formats.activations import QActivations
 from jax_qgemm.formats.layout import TILE_N
 from jax_qgemm.formats.qtensor import QTensor
 from jax_qgemm.ops.lowering import FLOAT_DTYPES
@@ -100,10 +101,12 @@ def _interleave(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
 
 
 def gated_matmul(
-    x: jax.Array,
+    x: jax.Array | QActivations,
     w: QTensor | tuple[QTensor, QTensor],
     *,
     activation: str | None = "silu",
+    x_format: str | None = None,
+    straight_through: bool = False,
     bias: Any = None,
     residual: jax.Array | None = None,
     out_dtype: Any = None,
@@ -117,10 +120,12 @@ def gated_matmul(
     bias and residual, forward and reverse; the weight gets no gradient.
 
     Args:
-      x: float16, bfloat16 or float32 (..., k).
+      x: float16, bfloat16 or float32 (..., k); or `QActivations`, see `matmul`.
       w: a QTensor (k, 2n) from `interleave_gate_up`; or a tuple of two QTensors (k, n), gate and up, of any formats,
         for two products.
       activation: of the gate; see `matmul`.
+      x_format: see `matmul`.
+      straight_through: see `matmul`.
       bias: (2n,) in the order of the columns of w, `interleave_gate_up(bias_gate, bias_up)`; for a tuple, a tuple of
         two (n,) or None each; or None.
       residual: (..., n), or None.
@@ -136,7 +141,9 @@ def gated_matmul(
       ValueError: as `matmul` does; or w is no interleaved weight, or its two halves differ in shape.
       RuntimeError: as `matmul` does.
     """
-    options = {"precision": precision, "kernel": kernel}
+    options = {
+        "x_format": x_format, "straight_through": straight_through, "precision": precision, "kernel": kernel,
+    }  # fmt: skip
     if not isinstance(w, tuple):
         check_weight(w)
         if w.shape[-1] % (2 * TILE_N) or w.padding[1]:

@@ -46,9 +46,15 @@ def weight_shape(planes: Any, format: Format, padding: tuple[int, int]) -> tuple
 
 
 def check_operands(
-    x: Any, planes: Any, format: Format, padding: tuple[int, int], batch_ndim: int, transpose: bool = False
+    x: Any,
+    planes: Any,
+    format: Format,
+    padding: tuple[int, int],
+    batch_ndim: int,
+    transpose: bool = False,
+    experts: Any = None,
 ) -> int:
-    """Raises unless x and the planes fit each other; how many columns the product has."""
+    """Raises unless x, the planes and the experts fit each other; how many columns the product has."""
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be float16, bfloat16 or float32, got {x.dtype}")
     if x.ndim <= batch_ndim:
@@ -56,8 +62,15 @@ def check_operands(
     if len(planes) != len(format.planes):
         raise ValueError(f"w has {len(planes)} planes, but format {format} has {len(format.planes)}")
     k, n = weight_shape(planes, format, padding)
+    batch = stack = x.shape[:batch_ndim]
+    if experts is not None:
+        if experts.dtype != jnp.int32 or experts.shape != batch:
+            raise ValueError(f"experts has {experts.dtype}{list(experts.shape)}, expected int32{list(batch)}")
+        stack = planes[0].shape[:1]
+        if stack == (0,):
+            raise ValueError("w has no weights for experts to choose from")
     for plane, array in zip(format.planes, planes, strict=True):
-        shape = (*x.shape[:batch_ndim], *format.plane_shape(plane, n, k))
+        shape = (*stack, *format.plane_shape(plane, n, k))
         if array.shape != shape or array.dtype != format.plane_dtype(plane):
             raise ValueError(
                 f"plane {plane.name!r} of w ({format}) has {array.dtype}{list(array.shape)}, expected "
@@ -95,7 +108,10 @@ def _why_not(kernel: str, x: Any, format: Format, batch_ndim: int) -> list[str]:
         reasons.append(f"x has {rows} rows of {x.dtype}, more than {most}")
     if sm90 and x.dtype == jnp.float32:
         reasons.append("it serves float16 and bfloat16 x")
-    if (sm90 or kernel == "dense") and x.dtype == jnp.float16 and not format.scales_fit_float16:
+    # gemv_sm90 multiplies with the integers themselves where a scale serves 64 of them.
+    exact = kernel == "gemv_sm90" and isinstance(format, IntFormat) and (format.group == 0 or format.group >= 64)
+    rounds = kernel == "dense" or (sm90 and not exact)
+    if rounds and x.dtype == jnp.float16 and not format.scales_fit_float16:
         reasons.append("it rounds w to the type of x, and float16 can't hold the scales")
     if sm90 and isinstance(x.shape[-1], int) and x.shape[-1] % 8:
         reasons.append(f"k = {x.shape[-1]} is not a multiple of 8")

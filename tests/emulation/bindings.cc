@@ -7,6 +7,7 @@
 #include "kernels/matmul.h"
 
 using jax_qgemm::Epilogue;
+using jax_qgemm::Stack;
 
 // Of the last kernel launched: blocks, threads, blocks of a cluster, bytes of shared memory.
 extern "C" void emulated_launch(int* out) {
@@ -47,12 +48,13 @@ const char* guarded(Launch&& launch) {
 }  // namespace
 
 extern "C" const char* emulated_dequantize(const char* format, const void* const* planes, int plane_count,
-                                           int64_t k_blocks, int group_size, int scale_type, void* out, int out_type,
-                                           int64_t batch, int64_t tile_rows, int64_t first_tile_row, int64_t rows,
-                                           int64_t k) {
+                                           int64_t k_blocks, int group_size, int scale_type, const Stack* stack,
+                                           void* out, int out_type, int64_t batch, int64_t tile_rows,
+                                           int64_t first_tile_row, int64_t rows, int64_t k) {
   using namespace jax_qgemm;
   const DenseRows d = {format,
                        weight(planes, plane_count, k_blocks, group_size, scale_type),
+                       *stack,
                        out,
                        static_cast<Scalar>(out_type),
                        batch,
@@ -64,14 +66,16 @@ extern "C" const char* emulated_dequantize(const char* format, const void* const
 }
 
 extern "C" const char* emulated_matmul(const char* format, const char* kernel, const void* const* planes,
-                                       int plane_count, int64_t k_blocks, int group_size, int scale_type, const void* x,
-                                       int x_type, void* out, int out_type, int64_t batch, int64_t m, int64_t n,
-                                       int64_t k, int transpose, int highest, const Epilogue* epilogue) {
+                                       int plane_count, int64_t k_blocks, int group_size, int scale_type,
+                                       const Stack* stack, const void* x, int x_type, void* out, int out_type,
+                                       int64_t batch, int64_t m, int64_t n, int64_t k, int transpose, int highest,
+                                       const Epilogue* epilogue) {
   using namespace jax_qgemm;
   Product p = {};
   p.format = format;
   p.kernel = kernel;
   p.w = weight(planes, plane_count, k_blocks, group_size, scale_type);
+  p.stack = *stack;
   p.x = x;
   p.out = out;
   p.x_type = static_cast<Scalar>(x_type);

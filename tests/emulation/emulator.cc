@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -22,7 +23,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 
-enum class Wait { kNothing, kWarp, kBlock, kNamed, kCluster, kPoll, kDone };
+enum class Wait { kNothing, kWarp, kBlock, kNamed, kPoll, kDone };
 
 struct Fiber {
   Thread thread;
@@ -45,6 +46,7 @@ std::vector<Fiber> fibers;
 std::vector<QueuedCopy> copies;
 std::vector<WarpExchange> exchanges;
 std::vector<unsigned char*> blocks_shared;  // of the cluster
+std::vector<std::array<int, 16>> arrived;   // of each block: threads at a named barrier that do not wait there
 size_t threads_of_block;
 jmp_buf scheduler;
 const std::function<void()>* body;
@@ -86,8 +88,8 @@ bool release(size_t first, size_t last, Wait wait) {
 
 // The same for the threads of a block at each of its named barriers.
 bool release_named(size_t first, size_t last) {
-  int waiting[16] = {};
-  bool any = false;
+  std::array<int, 16> waiting = arrived[first / threads_of_block];
+  std::array<int, 16> released = {};
   for (size_t i = first; i < last; ++i) {
     if (fibers[i].wait == Wait::kNamed) ++waiting[fibers[i].barrier];
   }
@@ -95,9 +97,12 @@ bool release_named(size_t first, size_t last) {
     Fiber& fiber = fibers[i];
     if (fiber.wait != Wait::kNamed || waiting[fiber.barrier] != fiber.barrier_threads) continue;
     fiber.wait = Wait::kNothing;
-    any = true;
+    released[fiber.barrier] = 1;
   }
-  return any;
+  for (size_t i = 0; i < released.size(); ++i) {
+    if (released[i]) arrived[first / threads_of_block][i] = 0;
+  }
+  return released != std::array<int, 16>{};
 }
 
 // One block of the cluster at a time, as far as it gets: what it does too early or too late shows in the other.
@@ -120,7 +125,6 @@ void run_cluster() {
     for (size_t w = first; w < last; w += 32) progressed |= release(w, w + 32, Wait::kWarp);
     progressed |= release(first, last, Wait::kBlock);
     progressed |= release_named(first, last);
-    progressed |= release(0, count, Wait::kCluster);
     if (progressed) {
       idle = 0;
       continue;
@@ -137,14 +141,23 @@ void run_cluster() {
 WarpExchange& warp_exchange() { return exchanges[static_cast<size_t>(running - fibers.data()) / 32]; }
 void sync_warp() { yield(Wait::kWarp); }
 void sync_block() { yield(Wait::kBlock); }
-void sync_cluster() { yield(Wait::kCluster); }
 void poll() { yield(Wait::kPoll); }
+void wait_for_cluster() {
+  const int phase = ++current->cluster_waits;
+  const auto has_arrived = [&](const Fiber& fiber) { return fiber.thread.cluster_arrivals >= phase; };
+  while (!std::all_of(fibers.begin(), fibers.end(), has_arrived)) poll();
+}
 
 void sync_named(int barrier, int threads) {
   if (barrier < 1 || barrier > 15 || threads % 32 != 0) __builtin_trap();
   running->barrier = barrier;
   running->barrier_threads = threads;
   yield(Wait::kNamed);
+}
+
+void arrive_named(int barrier, int threads) {
+  if (barrier < 1 || barrier > 15 || threads % 32 != 0) __builtin_trap();
+  ++arrived[static_cast<size_t>(running - fibers.data()) / threads_of_block][static_cast<size_t>(barrier)];
 }
 
 void enqueue(uint64_t* barrier, std::function<void()> copy) { copies.push_back({barrier, std::move(copy)}); }
@@ -188,6 +201,7 @@ void run_grid(const Launch& launch, const std::function<void()>& kernel) {
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; x += cluster) {
       for (unsigned char* shared : blocks_shared) memset(shared, 0xff, shared_bytes);
+      arrived.assign(cluster, {});
       for (unsigned i = 0; i < fibers.size(); ++i) {
         Fiber& fiber = fibers[i];
         fiber.thread = Thread{};

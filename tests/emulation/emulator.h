@@ -28,12 +28,13 @@ struct Wgmma {
   int columns;  // 2 sums each
   const uint32_t* a;
   uint64_t b;
-  bool is_bf16;
+  bool is_bf16, adds;
 };
 
 struct Thread {
   dim3 index;
-  int rank = 0;            // of the block in its cluster
+  int rank = 0;  // of the block in its cluster
+  int cluster_arrivals = 0, cluster_waits = 0;
   std::vector<Copy> open;  // not yet committed
   std::deque<std::vector<Copy>> committed;
   std::vector<Wgmma> wgmmas;
@@ -71,8 +72,9 @@ struct WarpExchange {
 WarpExchange& warp_exchange();
 void sync_warp();
 void sync_block();
-void sync_cluster();
+void wait_for_cluster();
 void sync_named(int barrier, int threads);
+void arrive_named(int barrier, int threads);
 // Lets the other threads run before a condition is looked at again.
 void poll();
 

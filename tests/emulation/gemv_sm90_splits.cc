@@ -21,7 +21,7 @@ const char* launch_number(int number, const Product& p, int* split) {
   });
   if (number >= count) return "no such split";
   const GemvSm90Config& c = chosen.config;
-  const int values[] = {c.rows, c.slices, c.cluster, chosen.x_stays, c.buffers, chosen.passes()};
+  const int values[] = {c.rows, c.slices, c.cluster, chosen.x_stays, c.buffers, chosen.passes};
   std::copy(std::begin(values), std::end(values), split);
   return launch_gemv_sm90_split<Int4, MmaF16, Tokens>(p, chosen, limits, nullptr);
 }
@@ -36,6 +36,7 @@ extern "C" const char* emulated_gemv_sm90_split(int number, const void* codes, c
   p.w.planes[0] = codes, p.w.planes[1] = scales;
   p.w.k_blocks = k_blocks;
   p.w.group = 128;
+  p.stack = {batch, nullptr};
   p.x = x, p.x_type = Scalar::kF16;
   p.out = out, p.out_type = Scalar::kF32;
   p.batch = batch, p.m = m, p.n = n, p.k = k;

@@ -37,6 +37,7 @@ uint32_t twice_saturated(float value) {
 }
 
 inline int uniform(int value) { return value; }
+inline bool elect_one() { return emulation::current->lane() == 0; }
 
 inline uint4 load_once(const uint4* p) { return __ldg(p); }
 
@@ -52,8 +53,10 @@ inline uint32_t shared_offset(SharedAddress p) {
 }
 
 inline void sync_named(int barrier, int threads) { emulation::sync_named(barrier, threads); }
+inline void arrive_named(int barrier, int threads) { emulation::arrive_named(barrier, threads); }
 
 inline int opaque(int value) { return value; }
+inline SharedAddress opaque(SharedAddress address) { return address; }
 
 template <int kWords>
 void load_shared(uint32_t* out, SharedAddress from) {
@@ -67,21 +70,17 @@ inline uint32_t load_shared_half(SharedAddress from) {
   return r;
 }
 
-inline void copy_async_16(SharedAddress to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) __builtin_trap();
-  // Until the copy is done there is garbage.
-  memset(const_cast<char*>(to), 0xff, 16);
-  emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr, 16});
-}
 template <int kBytes>
-void copy_async(SharedAddress to, const void* from) {
+void copy_async(SharedAddress to, const void* from, bool valid = true) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0) {
     __builtin_trap();
   }
+  // Until the copy is done there is garbage.
   memset(const_cast<char*>(to), 0xff, kBytes);
-  emulation::current->open.push_back({const_cast<char*>(to), from, kBytes});
+  emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr, kBytes});
 }
+inline void copy_async_16(SharedAddress to, const void* from, bool valid) { copy_async<16>(to, from, valid); }
 inline void copy_async_commit() {
   emulation::current->committed.push_back(std::move(emulation::current->open));
   emulation::current->open.clear();
@@ -101,9 +100,12 @@ void copy_async_wait() {
 }
 
 inline int cluster_rank() { return emulation::current->rank; }
-inline void cluster_arrive() {}
-inline void cluster_wait() { emulation::sync_cluster(); }
-inline void cluster_sync() { emulation::sync_cluster(); }
+inline void cluster_arrive() { ++emulation::current->cluster_arrivals; }
+inline void cluster_wait() { emulation::wait_for_cluster(); }
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 inline void store_shared(float4* to, float4 v, int rank) { *static_cast<float4*>(emulation::shared_of(to, rank)) = v; }
 
 // What a barrier's 64 bits hold here: the phase ends when as many have arrived as were set and no bytes are missing.
@@ -147,12 +149,18 @@ inline ClusterAddress cluster_address(void* p, int rank) { return {p, rank}; }
 inline void barrier_arrive_if(bool on, ClusterAddress barriers, int index) {
   if (on) barrier_arrive(static_cast<uint64_t*>(barriers.own) + index, barriers.rank);
 }
+inline uint64_t* barrier_at(SharedAddress address) { return reinterpret_cast<uint64_t*>(const_cast<char*>(address)); }
+inline void barrier_expect(SharedAddress barrier, int bytes) { barrier_expect(barrier_at(barrier), bytes); }
+inline void barrier_arrive_if(bool on, SharedAddress barrier) {
+  if (on) barrier_arrive(barrier_at(barrier));
+}
 inline void barrier_wait(uint64_t* barrier, int parity) {
   while (reinterpret_cast<Barrier*>(barrier)->phase % 2 == parity) {
     emulation::complete_copies(barrier);
     if (reinterpret_cast<Barrier*>(barrier)->phase % 2 == parity) emulation::poll();
   }
 }
+inline void barrier_wait(SharedAddress barrier, int parity) { barrier_wait(barrier_at(barrier), parity); }
 inline void barrier_wait_cluster(uint64_t* barrier, int parity) { barrier_wait(barrier, parity); }
 template <class V>
 void store_async(V* to, V value, uint64_t* barrier, int rank) {

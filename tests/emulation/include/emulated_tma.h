@@ -35,6 +35,9 @@ inline void load_box_to(int rank, SharedAddress to, const CUtensorMap* map, int 
 inline void load_box(SharedAddress to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   load_box_to(cluster_rank(), to, map, column, row, barrier);
 }
+inline void load_box(SharedAddress to, const CUtensorMap* map, int column, int row, SharedAddress barrier) {
+  load_box(to, map, column, row, barrier_at(barrier));
+}
 inline void load_box_for_both(SharedAddress to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   for (int rank = 0; rank < 2; ++rank) load_box_to(rank, to, map, column, row, barrier);
 }

@@ -16,13 +16,13 @@ void lower_registers() {
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulation::current->wgmma_groups.push_back(emulation::current->wgmmas.size()); }
 
-template <int Sums>
+template <bool kAdd, int Sums>
 void wgmma_f16(float (&c)[Sums], const uint32_t (&a)[4], uint64_t b) {
-  emulation::current->wgmmas.push_back({c, 2 * Sums, a, b, false});
+  emulation::current->wgmmas.push_back({c, 2 * Sums, a, b, false, kAdd});
 }
-template <int Sums>
+template <bool kAdd, int Sums>
 void wgmma_bf16(float (&c)[Sums], const uint32_t (&a)[4], uint64_t b) {
-  emulation::current->wgmmas.push_back({c, 2 * Sums, a, b, true});
+  emulation::current->wgmmas.push_back({c, 2 * Sums, a, b, true, kAdd});
 }
 
 // Row n of the 16 k that a descriptor names: bits 0-13 are the start, 32-45 the distance of 8 rows, both in units of 16
@@ -52,7 +52,7 @@ inline void multiply(const emulation::Wgmma& op) {
   }
   for (int i = 0; i < op.columns / 2; ++i) {
     const auto& column = exchange.columns[i / 4 * 8 + lane % 4 * 2 + i % 2];
-    op.sums[i] = emulation::fused_sum(op.sums[i], rows[i / 2 % 2], column);
+    op.sums[i] = emulation::fused_sum(op.adds ? op.sums[i] : 0.0f, rows[i / 2 % 2], column);
   }
   emulation::sync_warp();
 }
