@@ -110,9 +110,9 @@ def _scan(case):
 
 
 def _remat(case):
-    """The cotangent of the sum of cosines is minus the sine of the product, which is computed anew in the backward pass.
-    (That of a sum of squares, the product itself, would add up with weights whose mean is not zero: dx would be large
-    beside its terms, and so would be what rounding it costs.)"""
+    """The cotangent of the sum of cosines is minus the sine of the product, computed anew in the backward pass. (That
+    of a sum of squares, the product itself, would add up with weights whose mean is not zero: dx would be large beside
+    its terms, and so would be what rounding it costs.)"""
     x, _, w, dense = _operands(case)
 
     @jax.checkpoint
