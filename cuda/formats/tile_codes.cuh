@@ -18,9 +18,10 @@ QG_HD int group_of(const Weight& w) {
 
 // Whether float16 holds the scales: powers of two from 2^-127 are beyond it, as bf16 and float32 may be.
 template <class F>
+constexpr bool kScalesFitF16 = !requires { F::kHasExponentScales; };
+template <class F>
 QG_HD bool scales_fit_f16(const Weight& w) {
-  if constexpr (F::kGroup == 0) return w.scale_type == ScaleType::kF16;
-  return !requires { F::kHasExponentScales; };
+  return F::kGroup == 0 ? w.scale_type == ScaleType::kF16 : kScalesFitF16<F>;
 }
 
 // Bits of a stored weight, per-group values included.

@@ -25,9 +25,10 @@ struct GemvSm90Maps {
   CUtensorMap x, planes[kMaxPlanes];
 };
 
-// Of integer formats, where a scale serves whole tiles, the operand is the integer: weights are not rounded then.
-template <class F, class G>
-constexpr bool kGemvSm90Exact = F::kGroup == 0 && G::kSteps >= 4;
+// Whether the operand is the integer or the 4-bit float itself, and sums are multiplied by the scale: of integer formats,
+// where a scale serves whole tiles, weights are not rounded then; and where float16 does not hold the scales.
+template <class F, class T, class G>
+constexpr bool kGemvSm90Exact = F::kGroup == 0 ? G::kSteps >= 4 : !T::kIsBF16 && !kScalesFitF16<F>;
 
 template <class F, class G>
 using GemvSm90Staged = StagedWeight<F, kGemvSm90Stage / kTileK, std::min(G::kSteps, 4), kGemvSm90Rows / kTileN>;
@@ -38,9 +39,9 @@ struct GemvSm90 {
   static constexpr int kTiles = kGemvSm90Stage / kTileK;
   // A slot of x holds [tile of k][token][64].
   static constexpr int kXTileBytes = Tokens * kTileK * 2, kXBytes = kTiles * kXTileBytes;
-  static constexpr bool kExact = kGemvSm90Exact<F, G>;
+  static constexpr bool kExact = kGemvSm90Exact<F, T, G>;
   // k-steps whose operands are made at a time, and how many times that is of a stage. Registers are few.
-  static constexpr int kBatch = Tokens == 64 ? 2 : 4, kBatches = kTiles * 4 / kBatch;
+  static constexpr int kBatch = Tokens == 64 || (kExact && G::kSteps == 2) ? 2 : 4, kBatches = kTiles * 4 / kBatch;
   using Operand = ValueOperand<F, T, kExact>;
   // Of the 96 that a thread begins with, so that a block of all warpgroups is full.
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
@@ -176,7 +177,8 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
   typename S::Staged::Tile w[kTiles];
   typename Operand::Group group;
   uint32_t a[2][S::kBatch][4];  // in use, and next
-  float scales[kTiles][2];
+  constexpr int kGroups = std::max(kTiles * 4 / G::kSteps, 1);  // of a stage
+  float scales[kGroups][2];
   const int first_stage = block.first_stage(slice);
   int stage_to_take = first_stage;
   // Stages, of all tiles.
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
         const AffinePair affine = w[tile].affine(weight, step);
         group = Operand::prepare(affine);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) scales[tile][h] = affine.row[h].scale * Operand::unit(h);
+        for (int h = 0; h < 2; ++h) scales[at / G::kSteps][h] = affine.row[h].scale * Operand::unit(h);
       }
       Operand::decode(a[batch % 2][i], w[tile].codes, step, group);
     }
@@ -244,7 +246,7 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
           constexpr int kEnd = (kIndex + 1) * S::kBatch;  // k-steps
           constexpr bool kLast = kIndex + 1 == S::kBatches, kEndsGroup = kLast || kEnd % G::kSteps == 0;
           multiply.template operator()<kIndex * S::kBatch>();
-          const auto& scale = scales[G::kSteps == 4 ? (kEnd - 1) / 4 : 0];
+          const auto& scale = scales[(kEnd - 1) / G::kSteps];
           const float scale_now[2] = {scale[0], scale[1]};
           ptx::wgmma_wait_but<1>();
           if constexpr (kLast) take();

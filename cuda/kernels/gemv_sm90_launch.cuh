@@ -17,8 +17,9 @@ const char* gemv_sm90_refusal(const Product& p, const DeviceLimits& limits) {
   if (p.m > 64) return "kernel gemv_sm90 does not serve more than 64 rows of x";
   if (p.k % 8 != 0 || p.k == 0) return "kernel gemv_sm90 needs a k that is a multiple of 8";
   if (reinterpret_cast<uintptr_t>(p.x) % 16 != 0) return "kernel gemv_sm90 needs x aligned to 16 bytes";
-  const bool exact = F::kGroup == 0 && (p.w.group == 0 || p.w.group >= kTileK);  // see kGemvSm90Exact
-  if (p.x_type == Scalar::kF16 && !exact && !scales_fit_f16<F>(p.w)) {
+  // Others are operands without their scales: see kGemvSm90Exact.
+  const bool rounds = F::kGroup == 0 && p.w.group != 0 && p.w.group < kTileK;
+  if (p.x_type == Scalar::kF16 && rounds && !scales_fit_f16<F>(p.w)) {
     return "kernel gemv_sm90 does not serve float16 x with scales that float16 does not hold";
   }
   if (!fits_group_registers<F>(p.w)) return "kernel gemv_sm90 does not serve integer groups of 16 or float32 scales";

@@ -51,8 +51,8 @@ struct Packed {
 // counts as 65504, since infinity times level - zero = 0 would be no number. bf16 has float32's range.
 template <class F, class T, bool kExact = false>
 class ValueOperand {
-  static_assert(!kExact || (!F::kHasMinimum && !F::kHasTable && F::kKBlock != 256));
   static constexpr bool kFloat4 = requires { F::kIsE2M1; }, kTable = F::kHasTable && !kFloat4;
+  static_assert(!kExact || (!F::kHasMinimum && !kTable && F::kKBlock != 256));
   static constexpr bool kProducts = F::kKBlock == 256;  // of a float16 scale with a small integer
   static constexpr bool kFloat32 = !F::kHasTable && (kProducts || (F::kHasMinimum && T::kIsBF16));
   static constexpr bool kNibbles = F::kLowBits == 4 && F::kHighBits == 0 && !F::kHasTable;
@@ -78,6 +78,7 @@ class ValueOperand {
 
   // What sums of rows g (0) and g+8 (1) are in units of.
   __device__ __forceinline__ static constexpr float unit(int row) {
+    if (kExact && kFloat4) return AOperand<F, T, false>::kUnit;
     return kExact && kNibbles && T::kIsBF16 && row == 1 ? 4.0f : 1.0f;
   }
 
@@ -89,6 +90,7 @@ class ValueOperand {
                                                 const Group& group) {
     if constexpr (kFloat4) {
       AOperand<F, T, false>::decode(a, codes, step, {});
+      if constexpr (kExact) return;
       const V unit = V::twice(AOperand<F, T, false>::kUnit);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = weight(T::kIsBF16 ? V{a[i]} : V{a[i]} * unit, group.row[i % 2]);

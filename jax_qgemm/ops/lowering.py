@@ -108,8 +108,8 @@ def _why_not(kernel: str, x: Any, format: Format, batch_ndim: int) -> list[str]:
         reasons.append(f"x has {rows} rows of {x.dtype}, more than {most}")
     if sm90 and x.dtype == jnp.float32:
         reasons.append("it serves float16 and bfloat16 x")
-    # gemv_sm90 multiplies with the integers themselves where a scale serves 64 of them.
-    exact = kernel == "gemv_sm90" and isinstance(format, IntFormat) and (format.group == 0 or format.group >= 64)
+    # gemv_sm90 multiplies with integers themselves where a scale serves 64 of them, and with 4-bit floats in float16.
+    exact = kernel == "gemv_sm90" and not (isinstance(format, IntFormat) and 0 < format.group < 64)
     rounds = kernel == "dense" or (sm90 and not exact)
     if rounds and x.dtype == jnp.float16 and not format.scales_fit_float16:
         reasons.append("it rounds w to the type of x, and float16 can't hold the scales")
