@@ -25,8 +25,8 @@ struct GemvSm90Maps {
   CUtensorMap x, planes[kMaxPlanes];
 };
 
-// Whether the operand is the integer or the 4-bit float itself, and sums are multiplied by the scale: of integer formats,
-// where a scale serves whole tiles, weights are not rounded then; and where float16 does not hold the scales.
+// Whether the operand is the integer or the 4-bit float itself, and sums are multiplied by the scale: of integer
+// formats, where a scale serves whole tiles, weights are not rounded then; and where float16 does not hold the scales.
 template <class F, class T, class G>
 constexpr bool kGemvSm90Exact = F::kGroup == 0 ? G::kSteps >= 4 : !T::kIsBF16 && !kScalesFitF16<F>;
 
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
   staged.pin();
   typename S::Staged::Tile w[kTiles];
   typename Operand::Group group;
-  uint32_t a[2][S::kBatch][4];  // in use, and next
+  uint32_t a[2][S::kBatch][4];                                  // in use, and next
   constexpr int kGroups = std::max(kTiles * 4 / G::kSteps, 1);  // of a stage
   float scales[kGroups][2];
   const int first_stage = block.first_stage(slice);
