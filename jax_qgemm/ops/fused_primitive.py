@@ -90,12 +90,14 @@ def _composed(*operands, out_dtype, activation, gated, has_scale, has_bias, has_
     )
 
 
-def _composed_in(indices: list[int], operands: Any, params: dict[str, Any]) -> Callable[..., jax.Array]:
-    """`_composed` as a function of the operands at `indices`."""
+def function_of(
+    composed: Callable[..., jax.Array], indices: list[int], operands: Any, params: dict[str, Any]
+) -> Callable[..., jax.Array]:
+    """`composed` as a function of the operands at `indices` alone."""
 
     def function(*values):
         chosen = dict(zip(indices, values, strict=True))
-        return _composed(*(chosen.get(i, operand) for i, operand in enumerate(operands)), **params)
+        return composed(*(chosen.get(i, operand) for i, operand in enumerate(operands)), **params)
 
     return function
 
@@ -147,7 +149,7 @@ def _jvp(primals, tangents, **params):
     # The sums are computed by the core product, which is what its derivative needs of it too.
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     values, directions = ([operands[i] for i in moving] for operands in (primals, tangents))
-    return jax.jvp(_composed_in(moving, primals, params), values, directions)
+    return jax.jvp(function_of(_composed, moving, primals, params), values, directions)
 
 
 def _transpose(cotangent, *operands, **params):
@@ -156,7 +158,7 @@ def _transpose(cotangent, *operands, **params):
     if type(cotangent) is ad.Zero:
         cotangents = [ad.Zero(aval) for aval in avals]
     else:
-        cotangents = jax.linear_transpose(_composed_in(linear, operands, params), *avals)(cotangent)
+        cotangents = jax.linear_transpose(function_of(_composed, linear, operands, params), *avals)(cotangent)
     of = dict(zip(linear, cotangents, strict=True))
     return [of.get(i) for i in range(len(operands))]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax_qgemm import reference
 from jax_qgemm.formats.format import Format
 from jax_qgemm.formats.integer import IntFormat
 from jax_qgemm.ops import integer_dense
+from jax_qgemm.ops.fused_primitive import function_of
 from jax_qgemm.ops.lowering import check_operands, result_aval, weight_shape
 from jax_qgemm.ops.matmul_primitive import qmatmul_p
 from jax_qgemm.ops.stack import map_weights, to_front
@@ -92,16 +92,6 @@ def _composed(*operands, out_dtype, activation, gated, has_scale, has_bias, has_
     )
 
 
-def _composed_in(indices: list[int], operands: Any, params: dict[str, Any]) -> Callable[..., jax.Array]:
-    """`_composed` as a function of the operands at `indices`."""
-
-    def function(*values):
-        chosen = dict(zip(indices, values, strict=True))
-        return _composed(*(chosen.get(i, operand) for i, operand in enumerate(operands)), **params)
-
-    return function
-
-
 def _batch(args, dims, **params):
     # An operand that is not mapped has dimension None.
     codes, scales, planes, (scale, bias, residual) = _split(args, **_has(params))
@@ -132,7 +122,7 @@ def _jvp(primals, tangents, **params):
             "matmul(x, w, x_format=..., straight_through=True) differentiates as if x were not quantized"
         )
     values, directions = ([operands[i] for i in moving] for operands in (primals, tangents))
-    return jax.jvp(_composed_in(moving, primals, params), values, directions)
+    return jax.jvp(function_of(_composed, moving, primals, params), values, directions)
 
 
 def _sums(codes, scales, planes, *, kernel, **weight):
