@@ -19,10 +19,6 @@
 
 namespace jax_qgemm {
 
-struct GemmSm90Maps {
-  CUtensorMap x, planes[kMaxPlanes];
-};
-
 // Blocks: of 64 rows of n, a warpgroup. Span: k-steps that share a scale, 1, 2 or 4.
 template <class F, int Tokens, int Blocks, int Span>
 struct GemmSm90 {
@@ -74,7 +70,7 @@ struct GemmSm90 {
 
 // One thread's work: x and w of all items of the block into the ring.
 template <class F, int Tokens, int Blocks, int Span>
-__device__ __forceinline__ void bring_stages(const Product& p, const GemmSm90Walk& walk, const GemmSm90Maps& maps,
+__device__ __forceinline__ void bring_stages(const Product& p, const GemmSm90Walk& walk, const ProductMaps& maps,
                                              typename GemmSm90<F, Tokens, Blocks, Span>::Slot slot) {
   using S = GemmSm90<F, Tokens, Blocks, Span>;
   const int rank = ptx::cluster_rank();
@@ -199,7 +195,7 @@ __device__ __forceinline__ void scale_channels(const Weight& w, int weight_row, 
 
 template <class F, class T, int Tokens, int Blocks, int Span>
 __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90<F, Tokens, Blocks, Span>::kThreads, 1)
-    gemm_sm90(const Product p, const GemmSm90Walk walk, const __grid_constant__ GemmSm90Maps maps) {
+    gemm_sm90(const Product p, const GemmSm90Walk walk, const __grid_constant__ ProductMaps maps) {
   using S = GemmSm90<F, Tokens, Blocks, Span>;
   using Operand = ValueOperand<F, T>;
   // Uniform: behind branches that might diverge, ptxas would not keep the ring's state in uniform registers.

@@ -48,7 +48,7 @@ GemmSm90Walk gemm_sm90_walk(const Product& p, const GemmSm90Shape& shape, const 
 
 // Describes x and the planes of w to the copy engine. Returns what went wrong, or nullptr.
 template <class F, class S>
-const char* encode_maps(GemmSm90Maps* maps, const Product& p, const GemmSm90Walk& walk) {
+const char* encode_maps(ProductMaps* maps, const Product& p, const GemmSm90Walk& walk) {
   // Each thread block of a pair brings half of the rows.
   const char* problem = encode_rows(&maps->x, p.x, p.x_type, p.batch * p.m, p.k, S::kTileBytes / (kTileK * 2) / 2);
   return problem ? problem : encode_planes<F>(maps->planes, p, walk.boxes, S::kRowTiles);
@@ -61,7 +61,7 @@ const char* launch_gemm_sm90_span(const Product& p, const GemmSm90Shape& shape, 
   constexpr auto kKernel = gemm_sm90<F, T, Tokens, Blocks, Span>;
   const GemmSm90Split split(shape, {Tokens, Blocks}, clusters);
   const GemmSm90Walk walk = gemm_sm90_walk<F, S>(p, shape, split, clusters);
-  GemmSm90Maps maps;
+  ProductMaps maps;
   if (const char* problem = encode_maps<F, S>(&maps, p, walk)) return problem;
   if (const cudaError_t error = allow_shared<kKernel>(S::kShared, limits); error != cudaSuccess) {
     return cudaGetErrorString(error);

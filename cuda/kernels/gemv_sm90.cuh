@@ -3,7 +3,7 @@
 //
 // The product is computed transposed, w being the A operand in registers and x the B operand in shared memory. Extra
 // warps have the copy engine bring both, some stages of k ahead and across tiles of rows without a pause: x for all,
-// and for each warpgroup its own 64 rows of w. A warpgroup decodes the next 64 k while those before are multiplied.
+// and for each warpgroup its own 64 rows of w. A warpgroup decodes the next k-steps while those before are multiplied.
 // The warpgroups of a thread block, or of two in a cluster, divide rows and k; partial sums of k meet in the shared
 // memory of the block that owns the tokens, while the next tile of rows is under way.
 #pragma once
@@ -20,10 +20,6 @@
 #include "tile/wgmma.cuh"
 
 namespace jax_qgemm {
-
-struct GemvSm90Maps {
-  CUtensorMap x, planes[kMaxPlanes];
-};
 
 // Whether the operand is the integer or the 4-bit float itself, and sums are multiplied by the scale: of integer
 // formats, where a scale serves whole tiles, weights are not rounded then; and where float16 does not hold the scales.
@@ -96,7 +92,7 @@ struct GemvSm90 {
   }
 
   // weight_row: the weight's first row of tiles.
-  __device__ __forceinline__ void bring(const Weight& weight, const PlaneBoxes& boxes, const GemvSm90Maps& maps,
+  __device__ __forceinline__ void bring(const Weight& weight, const PlaneBoxes& boxes, const ProductMaps& maps,
                                         int producer, int batch, int weight_row) const {
     const GemvSm90Config& c = s.config;
     SlotTurn x_turn(x(producer)), w_turn(weights(producer));
@@ -134,7 +130,7 @@ struct GemvSm90 {
 template <class F, class T, int Tokens, class G>
 __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
     gemv_sm90(const Product p, const GemvSm90Sizes s, const PlaneBoxes boxes,
-              const __grid_constant__ GemvSm90Maps maps) {
+              const __grid_constant__ ProductMaps maps) {
   using S = GemvSm90<F, T, Tokens, G>;
   using Operand = typename S::Operand;
   constexpr int kTiles = S::kTiles;

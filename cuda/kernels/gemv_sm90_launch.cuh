@@ -56,7 +56,7 @@ const char* launch_gemv_sm90_kernel(const Product& p, const GemvSm90Sizes& sizes
                                     cudaStream_t stream) {
   constexpr int kRowTiles = kGemvSm90Rows / kTileN;
   const PlaneBoxes boxes = plane_boxes<F>(p.w, kRowTiles, kGemvSm90Stage / kTileK);
-  GemvSm90Maps maps;
+  ProductMaps maps;
   const char* problem = encode_rows(&maps.x, p.x, p.x_type, p.batch * p.m, p.k, sizes.tokens);
   if (!problem) problem = encode_planes<F>(maps.planes, p, boxes, kRowTiles);
   if (problem) return problem;

@@ -7,6 +7,11 @@
 
 namespace jax_qgemm {
 
+// Of a product: x and the planes of w.
+struct ProductMaps {
+  CUtensorMap x, planes[kMaxPlanes];
+};
+
 struct PlaneBoxes {
   int columns[kMaxPlanes], stages_log[kMaxPlanes];  // 8 bytes wide each; logarithm of the stages that a box serves
   int bytes;                                        // of all boxes of a stage

@@ -110,11 +110,7 @@ __device__ __forceinline__ uint32_t load_shared_half(SharedAddress from) {
   return r;
 }
 
-// 16 bytes from global to shared memory, zeros unless `valid`; done after commit and wait.
-__device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-// 4, 8 or 16 bytes.
+// 4, 8 or 16 bytes from global to shared memory; done after commit and wait.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
   if constexpr (kBytes == 16) {
@@ -127,7 +123,7 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
 template <int kBytes>
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, bool valid) {
   if constexpr (kBytes == 16) {
-    copy_async_16(to, from, valid);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
                  "r"(valid ? kBytes : 0)

@@ -38,8 +38,8 @@ struct Packed {
   }
 };
 
-// Exact: the operand is level - zero, which both types hold, and sums are multiplied by the scale; of formats without
-// minimums and tables.
+// Exact: the operand is level - zero or the 4-bit float, which both types hold, and sums are multiplied by the scale;
+// of formats without minimums and larger tables.
 //
 // Else one sum runs over all of k, whatever the groups: the operand is the weight, rounded once to x's type. Packed:
 // two values at a time, level - zero is made exactly and then multiplied by the scale. That takes a scale of 16 bits,

@@ -85,7 +85,7 @@ struct XRing {
                 row = i - chunk * shape.tokens;
       const int k = first_of_piece + chunk * 64, offset = (chunk * shape.rows + row) * 128 + ((piece ^ row) & 7) * 16;
       if (vectors) {
-        ptx::copy_async_16(ptx::shared_address(to) + offset, x + (k < k_end ? row * k_end + k : 0), k < k_end);
+        ptx::copy_async<16>(ptx::shared_address(to) + offset, x + (k < k_end ? row * k_end + k : 0), k < k_end);
       } else {
         convert(reinterpret_cast<uint16_t*>(to + offset), first + row * p.k + k, k_end - k < 8 ? k_end - k : 8);
       }

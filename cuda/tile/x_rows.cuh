@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_x_rows(const uint16_t* x, int rows, int str
       ptx::SharedAddress to = ptx::shared_address(memory);
 #pragma unroll 1
       for (int row = 0; row < rows; ++row, to += row_bytes, from += stride) {
-        ptx::copy_async_16(to + x_piece(k, row), from, k < count);
+        ptx::copy_async<16>(to + x_piece(k, row), from, k < count);
       }
     }
   } else {

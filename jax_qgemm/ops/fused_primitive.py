@@ -39,7 +39,9 @@ def bind(x: jax.Array, weights: Any, scale: Any, bias: Any, residual: Any, **par
     return qmatmul_fused_p.bind(x, *weights, *operands, **params, **has)
 
 
-def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -> tuple[Any, Any, Any, Any, Any]:
+def split_operands(
+    operands: Any, has_scale: bool, has_bias: bool, has_residual: bool
+) -> tuple[Any, Any, Any, Any, Any]:
     """x, planes and experts, global_scale, bias and residual, None for an extra that there is not; of operands or what
     belongs to them."""
     x, *rest = operands
@@ -49,7 +51,8 @@ def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -
     return x, rest[:count], scale, bias, residual
 
 
-def _has(params: dict[str, Any]) -> dict[str, bool]:
+def which_extras(params: dict[str, Any]) -> dict[str, bool]:
+    """What `split_operands` has to know, of a primitive's parameters."""
     return {name: params[name] for name in ("has_scale", "has_bias", "has_residual")}
 
 
@@ -59,7 +62,7 @@ def _abstract_eval(
     has_bias, has_residual,
 ):  # fmt: skip
     del highest, kernel
-    x, weights, scale, bias, residual = _split(operands, has_scale, has_bias, has_residual)
+    x, weights, scale, bias, residual = split_operands(operands, has_scale, has_bias, has_residual)
     planes, experts = split(weights, has_experts)
     n = check_operands(x, planes, format, padding, batch_ndim, experts=experts)
     if activation is not None and activation not in reference.ACTIVATIONS:
@@ -83,7 +86,7 @@ def _abstract_eval(
 
 def _composed(*operands, out_dtype, activation, gated, has_scale, has_bias, has_residual, **params):
     """The same by the core product and jnp: what its derivatives, and batches that it has no place for, are made of."""
-    x, weights, *extras = _split(operands, has_scale, has_bias, has_residual)
+    x, weights, *extras = split_operands(operands, has_scale, has_bias, has_residual)
     sums = qmatmul_p.bind(x, *weights, transpose=False, out_dtype="float32", **params)
     return reference.epilogue(
         sums, *extras, batch_ndim=params["batch_ndim"], activation=activation, gated=gated, out_dtype=out_dtype
@@ -104,8 +107,8 @@ def function_of(
 
 def _batch(args, dims, **params):
     # An operand that is not mapped has dimension None.
-    x, weights, scale, bias, residual = _split(args, **_has(params))
-    x_dim, weight_dims, scale_dim, bias_dim, residual_dim = _split(dims, **_has(params))
+    x, weights, scale, bias, residual = split_operands(args, **which_extras(params))
+    x_dim, weight_dims, scale_dim, bias_dim, residual_dim = split_operands(dims, **which_extras(params))
     own_weights = any(d is not None for d in weight_dims)
     if not own_weights and (x_dim is None or scale_dim is not None or bias_dim is not None):
         # One call would need a copy of the weight for every bias, or repeat the same sums for every residual.
@@ -114,7 +117,7 @@ def _batch(args, dims, **params):
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     # Mapped weights become a batch axis; mapped rows alone only gain a leading axis: one product, not a loop.
     axis = 0 if own_weights else params["batch_ndim"]
-    params = {k: v for k, v in params.items() if k not in _has(params)}
+    params = {k: v for k, v in params.items() if k not in which_extras(params)}
     params["batch_ndim"] += own_weights
 
     def mapped(array: Any, dim: int | None) -> Any:
@@ -172,7 +175,7 @@ def _dense(*operands, **params):
 
 
 def _attributes(*, activation, gated, **params):
-    flags = {"gated": gated} | _has(params)
+    flags = {"gated": gated} | which_extras(params)
     return {"activation": activation or "none"} | {name: np.bool_(value) for name, value in flags.items()}
 
 

@@ -14,7 +14,7 @@ from jax_qgemm import reference
 from jax_qgemm.formats.format import Format
 from jax_qgemm.formats.integer import IntFormat
 from jax_qgemm.ops import integer_dense
-from jax_qgemm.ops.fused_primitive import function_of
+from jax_qgemm.ops.fused_primitive import function_of, split_operands, which_extras
 from jax_qgemm.ops.lowering import check_operands, result_aval, weight_shape
 from jax_qgemm.ops.matmul_primitive import qmatmul_p
 from jax_qgemm.ops.stack import map_weights, to_front
@@ -42,13 +42,8 @@ def bind(codes: Any, scales: Any, planes: Any, extras: Any, **params: Any) -> ja
 def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -> tuple[Any, Any, Any, list[Any]]:
     """Codes, scales, planes, and global_scale, bias and residual; of operands or what belongs to them."""
     codes, scales, *rest = operands
-    count = len(rest) - has_scale - has_bias - has_residual
-    extras = iter(rest[count:])
-    return codes, scales, rest[:count], [next(extras) if has else None for has in (has_scale, has_bias, has_residual)]
-
-
-def _has(params: dict[str, Any]) -> dict[str, bool]:
-    return {name: params[name] for name in ("has_scale", "has_bias", "has_residual")}
+    _, planes, *extras = split_operands((codes, *rest), has_scale, has_bias, has_residual)
+    return codes, scales, planes, extras
 
 
 def _why_not(x_format: str, format: Format, k: int) -> str | None:
@@ -94,11 +89,11 @@ def _composed(*operands, out_dtype, activation, gated, has_scale, has_bias, has_
 
 def _batch(args, dims, **params):
     # An operand that is not mapped has dimension None.
-    codes, scales, planes, (scale, bias, residual) = _split(args, **_has(params))
-    codes_dim, scales_dim, plane_dims, (scale_dim, bias_dim, residual_dim) = _split(dims, **_has(params))
+    codes, scales, planes, (scale, bias, residual) = _split(args, **which_extras(params))
+    codes_dim, scales_dim, plane_dims, (scale_dim, bias_dim, residual_dim) = _split(dims, **which_extras(params))
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     own_weights = any(d is not None for d in plane_dims)
-    has_extras = any(_has(params).values()) or params["activation"] is not None
+    has_extras = any(which_extras(params).values()) or params["activation"] is not None
     if has_extras and (own_weights or codes_dim is None or scale_dim is not None or bias_dim is not None):
         return jax.vmap(functools.partial(_composed, **params), tuple(dims))(*args), 0
     codes, scales = to_front(codes, codes_dim, size), to_front(scales, scales_dim, size)
@@ -110,7 +105,7 @@ def _batch(args, dims, **params):
     if residual is not None:
         residual = jnp.moveaxis(to_front(residual, residual_dim, size), 0, axis)
     codes, scales = jnp.moveaxis(codes, 0, axis), jnp.moveaxis(scales, 0, axis)
-    params = {name: value for name, value in params.items() if name not in _has(params)}
+    params = {name: value for name, value in params.items() if name not in which_extras(params)}
     return bind(codes, scales, planes, (scale, bias, residual), **params), axis
 
 

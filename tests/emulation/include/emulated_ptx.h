@@ -80,7 +80,6 @@ void copy_async(SharedAddress to, const void* from, bool valid = true) {
   memset(const_cast<char*>(to), 0xff, kBytes);
   emulation::current->open.push_back({const_cast<char*>(to), valid ? from : nullptr, kBytes});
 }
-inline void copy_async_16(SharedAddress to, const void* from, bool valid) { copy_async<16>(to, from, valid); }
 inline void copy_async_commit() {
   emulation::current->committed.push_back(std::move(emulation::current->open));
   emulation::current->open.clear();
