@@ -92,6 +92,7 @@ bench-gpu: $(state)/installed-bench,$(EXTRAS)
 	    "matmul --dtype bfloat16 --formats int4,q4_k --baseline-m none --name matmul-bf16" \
 	    "matmul --dtype bfloat16 --formats int4,q4_0,q4_k,q8_0 --m 128,512,2048 --baseline-m 128,512,2048 --name matmul-prefill" \
 	    "matmul --formats int4,int4:32,int4:-1,int8,int8:-1 --m 1,8,32 --baseline-m none --name matmul-groups" \
+	    "matmul --dtype bfloat16 --formats int4:-1/int8,int4/int8,int8:-1/int8,int4/fp8 --m 128,256,512,1024,2048,4096,8192 --baseline-m 128,256,512,1024,2048,4096,8192 --baselines dense --idle 0.1 --name activations" \
 	    "verify" \
 	    "report"; do \
 	  echo "$(py) -m benchmarks.$$script"; $(py) -m benchmarks.$$script || failed="$$failed $${script%% *}"; \

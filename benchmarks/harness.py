@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax import lax
 
 import jax_qgemm as qg
 from jax_qgemm.formats import Format, GGUFFormat, GroupPlane, IntFormat, get_format
+from jax_qgemm.ops.integer_primitive import X_FORMATS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +36,14 @@ def parse_format(text: str) -> Format:
     if name not in _INT_FAMILY or options[1:] not in ([], ["asymmetric"]) or not re.fullmatch(r"-?\d+", options[0]):
         raise ValueError(f"expected a format such as q4_0, int4, int4:32, int8:-1 or int4:128:asymmetric, got {text!r}")
     return _INT_FAMILY[name](int(options[0]), symmetric=len(options) == 1)
+
+
+def parse_kind(text: str) -> tuple[Format, Callable[[Any, Any], Any]]:
+    """A format and the product with weights of it: "int4", or "int4/fp8" for quantized x."""
+    name, slash, x_format = text.partition("/")
+    if slash and x_format not in X_FORMATS:
+        raise ValueError(f"expected one of {', '.join(X_FORMATS)} behind the slash, got {text!r}")
+    return parse_format(name), functools.partial(qg.matmul, x_format=x_format) if slash else qg.matmul
 
 
 def parse_shapes(text: str, named: dict[str, str]) -> list[tuple[int, int]]:

@@ -57,19 +57,33 @@ def formats(results: Results) -> str:
     return markdown(("n x k", "m", *names), rows) + source(results) + _note(results)
 
 
-def prefill(results: Results) -> str:
-    """Each format against XLA's product of the dense weight, many rows; microseconds."""
+def _against_dense(results: Results, time: str) -> str:
+    """Each kind against XLA's product of the dense weight, microseconds; `time` is the field that is compared."""
     kinds = list(dict.fromkeys(r["kind"] for r in results["rows"]))
     names = [k for k in kinds if not k.startswith("xla_")]
     rows = []
     for (n, k, m), of in _cells(results).items():
-        dense = of.get("xla_bf16")
-        cells = [f"{dense['us']:.1f}" if dense else ""]
+        us = {kind: row[time] for kind, row in of.items() if time in row}
+        dense = us.get("xla_bf16")
+        cells = ["" if dense is None else f"{dense:.1f}"]
         for name in names:
-            ratio = f" ({dense['us'] / of[name]['us']:.2f})" if dense and name in of else ""
-            cells.append(f"{of[name]['us']:.1f}{ratio}" if name in of else "")
+            ratio = f" ({dense / us[name]:.2f})" if dense is not None and name in us else ""
+            cells.append(f"{us[name]:.1f}{ratio}" if name in us else "")
         rows.append((f"{n} x {k}", str(m), *cells))
     return markdown(("n x k", "m", "XLA bf16", *names), rows) + source(results) + _note(results)
+
+
+def prefill(results: Results) -> str:
+    """Many rows, one run after the other."""
+    return _against_dense(results, "us")
+
+
+def prefill_cool(results: Results) -> str:
+    """Many rows, the GPU at rest before each sample."""
+    if not results.get("idle"):
+        return "Not measured: the results are of a run without `--idle`.\n"
+    rest = f"\nThe GPU rested for {results['idle']:g} s before each sample.\n"
+    return _against_dense(results, "cool_us") + rest
 
 
 def neighbours(results: Results) -> str:
@@ -173,6 +187,8 @@ _FILES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "formats": ("matmul", formats),
     "untuned": ("matmul-untuned", formats),
     "prefill": ("matmul-prefill", prefill),
+    "activations": ("activations", prefill),
+    "activations-cool": ("activations", prefill_cool),
     "bf16": ("matmul-bf16", formats),
     "groups": ("matmul-groups", formats),
     "neighbours": ("matmul-all-m", neighbours),

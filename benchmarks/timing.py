@@ -9,6 +9,8 @@ What keeps a time honest:
   addresses change is recorded again.
 - The host's part is not in it. A long read keeps the device busy while the runs are queued, and a time is the
   difference between many runs and one, so that launch, read and synchronization drop out.
+- Runs follow one another: the GPU is as warm as under load, and lowers its clocks where products draw much power. The
+  time after a rest is another figure, `measure(run, idle=seconds)`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.harness import tree_bytes
 MAX_OPERATIONS = 320
 _FEW, _MANY = 1, 9
 _BLOCK_S = 2e-3  # of `_long_read` on an H200
+_COOL_S = 10e-3  # of what is timed after a rest, more or less: power limits act within tens of milliseconds
 _GRANULE = 1 << 14  # bytes: what a plain read is rounded down to, at most 0.2% of 8 MB
 
 
@@ -118,8 +121,12 @@ def compile_all(runs: Iterable[Run]) -> list[Run]:
         return list(pool.map(Run.compile, runs))
 
 
-def measure(run: Run, repeats: int = 7) -> Timing:
-    """Times a compiled run."""
+def measure(run: Run, repeats: int = 7, idle: float = 0.0) -> Timing:
+    """Times a compiled run.
+
+    Args:
+      idle: seconds of rest before each of the samples, which then are of few runs; 0 times under load.
+    """
     outs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), run.outs)
     occupy = _blocker() if on_gpu() else lambda: None
     few, many = (_FEW, _MANY) if on_gpu() else (0, 1)
@@ -127,6 +134,8 @@ def measure(run: Run, repeats: int = 7) -> Timing:
 
     def sample(runs: int) -> tuple[float, float]:
         nonlocal outs
+        if idle:
+            time.sleep(idle)
         start = time.perf_counter()
         for _ in range(blocks):
             occupy()
@@ -139,6 +148,9 @@ def measure(run: Run, repeats: int = 7) -> Timing:
     # XLA runs a function without a CUDA graph first, then records one.
     for _ in range(3):
         _, queued = sample(1)
+    if idle:
+        once = max(sample(many)[0] - sample(few)[0], 0.0) / (many - few)
+        many = few + min(max(round(_COOL_S / max(once, 1e-9)), 1), many - few)
     # Long enough for all of the runs to be queued meanwhile.
     blocks = min(16, 1 + int(1.5 * many * queued / _BLOCK_S))
     samples, shares = [], []

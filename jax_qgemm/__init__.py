@@ -19,9 +19,15 @@ from jax_qgemm.formats import (  # noqa: E402
     int4,
     int8,
     quantize,
-    quantize_activations,
 )
-from jax_qgemm.ops import expert_matmul, gated_matmul, interleave_gate_up, matmul, take  # noqa: E402
+from jax_qgemm.ops import (  # noqa: E402
+    expert_matmul,
+    gated_matmul,
+    interleave_gate_up,
+    matmul,
+    quantize_activations,
+    take,
+)
 
 __all__ = [
     "BuildInfo",

@@ -10,7 +10,9 @@ from jax_qgemm._build_info import build_info
 
 MATMUL_TARGET = "jax_qgemm.matmul.v1"
 FUSED_MATMUL_TARGET = "jax_qgemm.fused_matmul.v1"
+INTEGER_MATMUL_TARGET = "jax_qgemm.integer_matmul.v1"
 DEQUANTIZE_TARGET = "jax_qgemm.dequantize.v1"
+QUANTIZE_TARGET = "jax_qgemm.quantize_activations.v1"
 
 
 def register() -> None:
@@ -27,7 +29,7 @@ def export_safety_checks() -> list[export.DisabledSafetyCheck]:
 
     The targets carry a version in their names; a serialized function runs with any jax_qgemm that has them.
     """
-    targets = (MATMUL_TARGET, FUSED_MATMUL_TARGET, DEQUANTIZE_TARGET)
+    targets = (MATMUL_TARGET, FUSED_MATMUL_TARGET, INTEGER_MATMUL_TARGET, DEQUANTIZE_TARGET, QUANTIZE_TARGET)
     return [export.DisabledSafetyCheck.custom_call(target) for target in targets]
 
 

@@ -6,6 +6,7 @@ Imports the CUDA build and exports every op over every weight format for CUDA (`
 must call the native handlers, and every CUDA handler of the native module must be called by some op.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -36,6 +37,11 @@ def ops() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"gradient of matmul {format}", jax.grad(loss), (x, w)
         yield f"gated_matmul {format}", qg.gated_matmul, (x, w)
         yield f"take {format}", qg.take, (w, jax.ShapeDtypeStruct((M,), jnp.int32))
+    for x_format, format in (("int8", "int4"), ("int8", "int8"), ("fp8", "int4")):
+        product = functools.partial(qg.matmul, x_format=x_format, kernel="gemm_sm90_a8")
+        yield f"matmul of {x_format} with {format}", product, (x, qg.quantize(kernel, format))
+    for x_format in ("int8", "fp8", "q8_1"):
+        yield f"quantize_activations {x_format}", functools.partial(qg.quantize_activations, format=x_format), (x,)
 
 
 def main() -> None:

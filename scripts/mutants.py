@@ -1,7 +1,8 @@
-"""`make test-mutants`: breaks the decoders and the CPU kernels on purpose; the tests must catch every break.
+"""`make test-mutants`: breaks the decoders and kernels on purpose; the tests must catch every break.
 
-Each mutant of mutants_table.py is applied to a copy of the tree, the native module is rebuilt, and the unmodified
-tests run until the first failure. The result goes to tests/mutants.json, for a run over all of them.
+Each mutant of mutants_table.py is applied to a copy of the tree, the native module or the emulated CUDA kernels are
+rebuilt, and the unmodified tests run until the first failure. The result goes to tests/mutants.json, for a run over all
+of them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mutants_table import MUTANTS, Mutant
+from mutants_table import CUDA_MUTANTS, MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "tests" / "mutants.json"
@@ -26,6 +27,8 @@ TESTS = tuple(
     f"tests/test_{name}.py"
     for name in ("matmul", "format_tables", "transforms", "fused", "fused_transforms", "experts")
 )
+# Of mutants of a CUDA kernel, which is emulated.
+CUDA_TESTS = ("tests/test_gemm_sm90_a8_emulated.py",)
 COPIED = ("CMakeLists.txt", "pyproject.toml", "cmake", "cuda", "jax_qgemm", "tests")
 # An editable install's import hook would find the module of the original tree before that of the copy.
 RUNNER = """
@@ -65,6 +68,7 @@ class Workbench:
             path.unlink()
         tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         self.environment = os.environ | {"PATH": tools, "JAX_QGEMM_CUDA": "off", "JAX_PLATFORMS": "cpu"}
+        self.environment["EMULATION_BUILD"] = str(folder / "emulation")
         generator = ["-G", "Ninja"] if shutil.which("ninja", path=tools) else []
         self._run("cmake", "-S", self.tree, "-B", self.build, *generator, f"-DPython_EXECUTABLE={sys.executable}")
 
@@ -75,13 +79,13 @@ class Workbench:
         if done.returncode:
             sys.exit(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-4000:]}")
 
-    def caught_by(self) -> str | None:
+    def caught_by(self, tests: tuple[str, ...]) -> str | None:
         """Rebuilds and runs the tests: the first that fails, None if all pass."""
         self._run("cmake", "--build", self.build, "--parallel")
         (module,) = self.build.glob("_native*.so")
         shutil.copy2(module, self.tree / "jax_qgemm")
         options = ["-x", "-q", "-rf", "--tb=no", "-m", "not gpu", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-c", RUNNER, str(self.tree), *options, *TESTS]
+        command = [sys.executable, "-c", RUNNER, str(self.tree), *options, *tests]
         done = subprocess.run(command, cwd=self.tree, env=self.environment, capture_output=True, text=True, check=False)
         failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
         if done.returncode == PYTEST_FAILED and failed:
@@ -99,6 +103,10 @@ class Workbench:
         path.write_text(text)
 
 
+def tests_of(mutant: Mutant) -> tuple[str, ...]:
+    return CUDA_TESTS if mutant in CUDA_MUTANTS else TESTS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutants; the result is not written")
@@ -113,14 +121,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="jax_qgemm-mutants-") as folder:
         bench = Workbench(Path(folder).resolve())
         print("without a mutant:", flush=True)
-        if failed := bench.caught_by():
+        if failed := bench.caught_by(tuple(dict.fromkeys(test for m in chosen for test in tests_of(m)))):
             sys.exit(f"the tests fail without a mutant: {failed}")
         print("  all tests pass", flush=True)
         results = []
         for mutant in chosen:
             start = time.monotonic()
             with bench.mutated(mutant):
-                caught_by = bench.caught_by()
+                caught_by = bench.caught_by(tests_of(mutant))
             results.append({**dataclasses.asdict(mutant), "caught_by": caught_by})
             took = f"({time.monotonic() - start:.0f} s)"
             print(f"{mutant.name}: {mutant.what}\n  {caught_by or 'SURVIVED'} {took}", flush=True)
@@ -128,7 +136,8 @@ def main() -> None:
     survivors = [r["name"] for r in results if not r["caught_by"]]
     print(f"{len(results) - len(survivors)} of {len(results)} mutants caught", flush=True)
     if not arguments.only:
-        RESULT.write_text(json.dumps({"tests": TESTS, "survivors": survivors, "mutants": results}, indent=2) + "\n")
+        result = {"tests": TESTS, "cuda_tests": CUDA_TESTS, "survivors": survivors, "mutants": results}
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
     if survivors:
         sys.exit(f"survivors: {', '.join(survivors)}")
 

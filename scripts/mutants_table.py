@@ -12,7 +12,7 @@ class Mutant:
     new: str
 
 
-MUTANTS = (
+_SHARED_MUTANTS = (
     # Decoders, shared by the CPU and the CUDA kernels.
     Mutant(
         "code-field",
@@ -198,3 +198,71 @@ MUTANTS = (
         "bits >> 16",
     ),
 )
+
+CUDA_MUTANTS = (
+    Mutant(
+        "a8-code-order",
+        "lanes of gemm_sm90_a8 take the codes that the lanes beside them multiply",
+        "cuda/tile/code_operand.cuh",
+        "0x6420 : 0x7531",
+        "0x7531 : 0x6420",
+    ),
+    Mutant(
+        "a8-zero-points",
+        "rows g+8 of gemm_sm90_a8 have the zero points of rows g",
+        "cuda/tile/code_operand.cuh",
+        "X::high(word, zeros[1])",
+        "X::high(word, zeros[0])",
+    ),
+    Mutant(
+        "a8-float8-negative",
+        "negative weights are one step off as float8 operands",
+        "cuda/tile/code_operand.cuh",
+        "+ one + sign",
+        "+ sign",
+    ),
+    Mutant(
+        "a8-token-scales",
+        "odd rows of x have the scales of the even ones before them",
+        "cuda/kernels/gemm_sm90_a8.cuh",
+        "*= scale[i % 2]",
+        "*= scale[0]",
+    ),
+    Mutant(
+        "a8-token-scales-batch",
+        "every batch of x has the scales of the first",
+        "cuda/kernels/gemm_sm90_a8.cuh",
+        "p.x_scales + batch * p.m + first",
+        "p.x_scales + first",
+    ),
+    Mutant(
+        "a8-split-tokens",
+        "where two thread blocks split k, both store the first half of the rows of x",
+        "cuda/kernels/gemm_sm90_a8.cuh",
+        "token += rank * (Tokens / 2);",
+        "token += 0;",
+    ),
+    Mutant(
+        "a8-group-sums",
+        "a group's sum of gemm_sm90_a8 begins with that of the group before it",
+        "cuda/kernels/gemm_sm90_a8.cuh",
+        "wgmma8<X, false>(exact[part]",
+        "wgmma8<X>(exact[part]",
+    ),
+    Mutant(
+        "a8-symmetric",
+        "without zero points, rows g of gemm_sm90_a8 have the codes of rows g+8",
+        "cuda/tile/code_operand.cuh",
+        "high(word << 4, 0)",
+        "high(word, 0)",
+    ),
+    Mutant(
+        "a8-int32-sums",
+        "sums of int8 codes may leave int32",
+        "cuda/kernels/gemm_sm90_a8_launch.cuh",
+        "p.k > kMaxSum / (127 << F::kLowBits)",
+        "p.k > kMaxSum",
+    ),
+)
+
+MUTANTS = (*_SHARED_MUTANTS, *CUDA_MUTANTS)

@@ -2,8 +2,10 @@
 whatever the machine has; shared fixtures."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import emulated as emulation
 import jax
@@ -65,7 +67,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulated:
-    """The CUDA kernels, compiled for the CPU."""
+    """The CUDA kernels, compiled for the CPU: into the folder EMULATION_BUILD, if set, which keeps the objects."""
     if shutil.which("make") is None or shutil.which("g++") is None:
         pytest.skip("needs make and g++ to compile the kernels for the CPU")
-    return emulation.build(tmp_path_factory.mktemp("emulation"))
+    kept = os.environ.get("EMULATION_BUILD")
+    return emulation.build(Path(kept) if kept else tmp_path_factory.mktemp("emulation"))

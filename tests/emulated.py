@@ -12,11 +12,13 @@ import numpy as np
 
 import jax_qgemm as qg
 from jax_qgemm.formats import get_format
+from jax_qgemm.formats.activations import ACTIVATION_FORMATS
 from jax_qgemm.formats.integer import SCALE_DTYPES, IntFormat
 from jax_qgemm.formats.layout import TILE_N
 
 SOURCES = Path(__file__).parent / "emulation"
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+X_DTYPES = DTYPES | {"int8": 3, "float8_e4m3fn": 4}  # and of codes
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 # Major version, multiprocessors (few, for several turns of a persistent grid), bytes of shared memory.
 HOPPER = (9, 3, 227 << 10)
@@ -51,7 +53,7 @@ def pointer(array: np.ndarray | None) -> int | None:
 class Emulated:
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        for name in ("emulated_matmul", "emulated_dequantize", "emulated_gemv_sm90_split"):
+        for name in ("emulated_matmul", "emulated_dequantize", "emulated_gemv_sm90_split", "emulated_quantize"):
             function = getattr(self._library, name)
             function.restype = ctypes.c_char_p
 
@@ -66,12 +68,21 @@ class Emulated:
             self._library.emulated_device(*HOPPER, 90)
 
     def gemm_sm90_choice(self, m: int, n: int, k: int, bits: float, multiprocessors: int) -> tuple[int, int, str]:
-        """Tokens and blocks of 64 rows of gemm_sm90's tiles; "whole", "split" along k, or both: a split "tail"."""
+        """Tokens and rows of n of gemm_sm90's tiles; "whole", "split" along k, or both: a split "tail"."""
+        return self._choice(self._library.emulated_gemm_sm90_choice, m, n, k, bits, (), multiprocessors)
+
+    def gemm_sm90_a8_choice(
+        self, m: int, n: int, k: int, bits: float, group: int, multiprocessors: int
+    ) -> tuple[int, int, str]:
+        """The same of gemm_sm90_a8. group: elements of k that are summed exactly, 0 for all."""
+        return self._choice(self._library.emulated_gemm_sm90_a8_choice, m, n, k, bits, (group,), multiprocessors)
+
+    def _choice(self, function, m, n, k, bits, group, multiprocessors):
         out = (ctypes.c_int64 * 4)()
         sizes = (ctypes.c_int64(size) for size in (m, n, k))
-        self._library.emulated_gemm_sm90_choice(*sizes, ctypes.c_double(bits), max(1, multiprocessors // 2), out)
-        tokens, blocks, whole, items = out
-        return tokens, blocks, "whole" if whole == items else "tail" if whole else "split"
+        function(*sizes, ctypes.c_double(bits), *group, max(1, multiprocessors // 2), out)
+        tokens, rows, whole, items = out
+        return tokens, rows, "whole" if whole == items else "tail" if whole else "split"
 
     def last_launch(self) -> dict[str, int]:
         values = (ctypes.c_int * 4)()
@@ -93,9 +104,11 @@ class Emulated:
         scale=None,
         activation=None,
         gated=False,
+        x_scales=None,
     ) -> np.ndarray:
         """x (*batch, m, ...) times w or its transpose, as float64. bias and scale have a batch axis or are shared. With
-        experts, int32 (*batch,), w is a stack (e, k, n)."""
+        experts, int32 (*batch,), w is a stack (e, k, n). With x_scales, float32 (*batch, m), x are int8 or
+        float8_e4m3fn codes."""
         k, n = w.shape[-2:]
         planes = [np.ascontiguousarray(p) for p in w.planes]
         xs = np.ascontiguousarray(x)
@@ -113,6 +126,8 @@ class Emulated:
             gated,
         )
         assert residual is None or residual.shape == out.shape
+        assert x_scales is None or (x_scales.shape == xs.shape[:-1] and x_scales.dtype == np.float32)
+        x_scales = None if x_scales is None else np.ascontiguousarray(x_scales)
         name, *weight = _weight(w, planes)
         problem = self._library.emulated_matmul(
             name,
@@ -120,7 +135,7 @@ class Emulated:
             *weight,
             ctypes.byref(_stack(w, experts)),
             xs.ctypes.data_as(ctypes.c_void_p),
-            DTYPES[x.dtype.name],
+            X_DTYPES[x.dtype.name],
             out.ctypes.data_as(ctypes.c_void_p),
             DTYPES[jnp.dtype(out_dtype).name],
             ctypes.c_int64(int(np.prod(xs.shape[:batch_ndim]))),
@@ -130,6 +145,7 @@ class Emulated:
             int(transpose),
             int(highest),
             ctypes.byref(epilogue),
+            ctypes.c_void_p(pointer(x_scales)),
         )
         if problem is not None:
             raise RuntimeError(problem.decode())
@@ -179,6 +195,47 @@ class Emulated:
         if problem is not None:
             raise RuntimeError(problem.decode())
         return out, dict(zip(names, split, strict=True))
+
+    def quantize(self, x: np.ndarray, format: str, offset: int = 0) -> tuple[np.ndarray, ...]:
+        """Codes, scales and, of q8_1, sums of x (rows, k). x and codes lie `offset` elements behind a multiple of 64
+        bytes."""
+        kind = ACTIVATION_FORMATS[format]
+        rows, k = x.shape
+        groups = (rows, k // kind.group if kind.group else 1)
+        xs, codes = _placed(x.shape, x.dtype, offset), _placed(x.shape, jnp.dtype(kind.codes), offset)
+        scales = _placed(groups, jnp.dtype(kind.scales), 0)
+        sums = None if kind.sums is None else _placed(groups, jnp.dtype(kind.sums), 0)
+        xs[...] = x
+        outs = [out for out in (codes, scales, sums) if out is not None]
+        problem = self._library.emulated_quantize(
+            ("int8", "fp8", "q8_1").index(format),
+            ctypes.c_void_p(pointer(xs)),
+            DTYPES[x.dtype.name],
+            *(ctypes.c_void_p(pointer(out)) for out in (codes, scales, sums)),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(k),
+        )
+        if problem is not None:
+            raise RuntimeError(problem.decode())
+        for out in outs:
+            around = out.base
+            assert isinstance(around, np.ndarray)
+            around = around.view(np.uint8)
+            first = out.ctypes.data - around.ctypes.data
+            outside = np.delete(around, np.s_[first : first + out.nbytes])
+            assert (outside == _FILL).all(), "written outside of an array"
+        return tuple(outs)
+
+
+_FILL = 0xFF  # which makes a NaN of any float
+
+
+def _placed(shape: tuple[int, ...], dtype: np.dtype, offset: int) -> np.ndarray:
+    """An array that lies `offset` elements behind a multiple of 64 bytes, with bytes of _FILL in it and around it."""
+    count = int(np.prod(shape))
+    memory = np.full(192 + (offset + count) * dtype.itemsize, _FILL, np.uint8)
+    first = 64 + -memory.ctypes.data % 64 + offset * dtype.itemsize
+    return memory[first : first + count * dtype.itemsize].view(dtype).reshape(shape)
 
 
 def _stack(w: qg.QTensor, experts: np.ndarray | None) -> Stack:

@@ -7,6 +7,8 @@ from emulated import random_weight, random_x
 
 from jax_qgemm.testing import check_product, nmse, product_limit
 
+BFLOAT16_LIMIT = product_limit("bfloat16")
+
 
 def memory_at(offset, shape, dtype):
     """An array whose address is that many elements behind a multiple of 16 bytes."""
@@ -15,12 +17,19 @@ def memory_at(offset, shape, dtype):
     return memory[first : first + int(np.prod(shape))].reshape(shape)
 
 
-def check_epilogue(product, m, n, aligned, gated, activation):
-    """Four results at a time, or one where n or an address is no multiple of that."""
+def random_bfloat16(shape):
+    return random_x(shape, "bfloat16", 1)
+
+
+def check_epilogue(
+    product, m, n, aligned, gated, activation, *, make_x=random_bfloat16, format="q8_0", limit=BFLOAT16_LIMIT
+):
+    """Four results at a time, or one where n or an address is no multiple of that. make_x: x of a shape, as `product`
+    takes it, and its values."""
     rng = np.random.default_rng(0)
     k = 256
-    w, dense = random_weight("q8_0", k, n, 0, batch=2)
-    x, exact = random_x((2, m, k), "bfloat16", 1)
+    w, dense = random_weight(format, k, n, 0, batch=2)
+    x, exact = make_x((2, m, k))
     columns = n // 2 if gated else n
     bias, scale = rng.standard_normal((2, n)).astype(np.float16), np.asarray([0.25, 0.5], np.float32)
     parts = {"activation": activation, "scale": scale[:, None, None]}
@@ -38,7 +47,7 @@ def check_epilogue(product, m, n, aligned, gated, activation):
         residual = memory_at(0 if aligned else 2, (2, m, columns), jnp.dtype(dtype))
         residual[...] = rng.standard_normal(residual.shape)
         got = product(x, w, bias=bias, scale=scale, residual=residual, activation=activation, gated=gated)
-        assert nmse(got, expected + residual.astype(np.float64)) <= product_limit("bfloat16")
+        assert nmse(got, expected + residual.astype(np.float64)) <= limit
 
 
 def check_rows_stay_alone(product, m, dtype):

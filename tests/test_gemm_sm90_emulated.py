@@ -61,13 +61,13 @@ def test_product(emulated, format, dtype):
             check_product(product(emulated, x, w), exact, dense, limit)
         bits = 8 * w.nbytes / (k * -(-n // 16) * 16)
         choices.add(emulated.gemm_sm90_choice(m, n, k, bits, multiprocessors))
-    assert {choice[:2] for choice in choices} == {(64, 1), (128, 1), (256, 1), (128, 2)}
+    assert {choice[:2] for choice in choices} == {(64, 128), (128, 128), (256, 128), (128, 256)}
     assert {choice[2] for choice in choices} == {"whole", "split", "tail"}
 
 
 def test_every_tile_is_tested_on_a_gpu(emulated):
     choices = {emulated.gemm_sm90_choice(*shape, 4.5, 132) for shape in GPU_SHAPES}
-    assert {choice[:2] for choice in choices} == {(64, 1), (128, 1), (256, 1), (128, 2)}
+    assert {choice[:2] for choice in choices} == {(64, 128), (128, 128), (256, 128), (128, 256)}
     assert {choice[2] for choice in choices} == {"whole", "split", "tail"}
 
 

@@ -1,6 +1,7 @@
 """Bad calls with quantized activations raise under `jax.eval_shape`, naming the argument, what came and what was
 expected."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import random_weight
+from jax import export
 from quantized_x import F32
 
 import jax_qgemm as qg
+from jax_qgemm._registration import INTEGER_MATMUL_TARGET
 from jax_qgemm.ops import integer_dense
 
 X = jax.ShapeDtypeStruct((5, 128), jnp.float32)
@@ -123,3 +126,96 @@ def test_sums_that_may_leave_int32_are_refused():
     x = jax.ShapeDtypeStruct((1, k), F32)
     with pytest.raises(ValueError, match=r"more than 66051 products may leave int32"):
         jax.eval_shape(functools.partial(qg.matmul, x_format="int8"), x, w)
+
+
+def _export(function: Any, *arguments: Any, platform: str = "cuda") -> None:
+    checks = qg.export_safety_checks()
+    export.export(jax.jit(function), platforms=[platform], disabled_checks=checks)(*arguments)
+
+
+FORCED = functools.partial(qg.matmul, x_format="int8", kernel="gemm_sm90_a8")
+
+
+@pytest.mark.parametrize(
+    ("k", "format", "reasons"),
+    [
+        (200, qg.int4(-1), ["k = 200 is not a multiple of 16"]),
+        (512, qg.int4(64, scale_dtype="float32"), ["groups with 16-bit scales"]),
+        (200, qg.int8(-1, symmetric=False), ["k = 200", "8-bit weights without zero points"]),
+        (512, qg.int8(64, symmetric=False, scale_dtype="float32"), ["without zero points", "with 16-bit scales"]),
+    ],
+    ids=str,
+)
+def test_gemm_sm90_a8_refuses_with_every_reason(k, format, reasons, monkeypatch):
+    monkeypatch.setattr("jax_qgemm.ops.quantize.require_cuda", lambda: None)  # the build may have no CUDA
+    w, _ = random_weight(format, 48, k, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="kernel='gemm_sm90_a8' can't serve x") as error:
+        _export(FORCED, jax.ShapeDtypeStruct((5, k), F32), w)
+    assert all(reason in str(error.value) for reason in reasons)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gemm_sm90_a8_serves_cuda(platform):
+    with pytest.raises(ValueError, match="kernel='gemm_sm90_a8' serves cuda, but the product is lowered for"):
+        _export(FORCED, X, INT4, platform=platform)
+
+
+def test_gemm_sm90_a8_serves_quantized_x():
+    for product in (qg.matmul, qg.gated_matmul):
+        w, _ = random_weight(qg.int4(64), 64, 128, np.random.default_rng(0))
+        with pytest.raises(ValueError, match=r"kernel='gemm_sm90_a8' can't serve x.*serves quantized x.*x_format"):
+            _export(functools.partial(product, kernel="gemm_sm90_a8"), X, w)
+
+
+def test_a_build_without_cuda_refuses_gemm_sm90_a8(monkeypatch):
+    """And whatever quantizes x, for which CUDA has a kernel, too."""
+    info = dataclasses.replace(qg.build_info(), cuda=False, cuda_version=None, cuda_architectures=())
+    monkeypatch.setattr("jax_qgemm._registration.build_info", lambda: info)
+    with pytest.raises(RuntimeError, match=r"built without CUDA.*JAX_QGEMM_CUDA"):
+        _export(functools.partial(qg.matmul, kernel="gemm_sm90_a8"), activations(), INT4)
+    _export(qg.matmul, activations(), INT4)  # of codes auto takes XLA's operations
+    with pytest.raises(RuntimeError, match=r"built without CUDA.*JAX_QGEMM_CUDA"):
+        _export(functools.partial(qg.matmul, x_format="int8"), X, INT4)
+
+
+# The handler checks again what the kernel relies on: an exported function may come from anywhere.
+
+STACK, _ = random_weight(qg.int4(64), 96, 128, np.random.default_rng(0), batch=3)
+ATTRIBUTES = {
+    "format": "int4", "kernel": "gemm_sm90_a8", "activation": "none",
+    "group_size": np.int64(64), "scale_type": np.int64(0), "batch_ndim": np.int64(1),
+    **dict.fromkeys(("gated", "has_scale", "has_bias", "has_residual"), np.bool_(False)),
+}  # fmt: skip
+
+
+def ones(*shape: int, dtype: Any = F32) -> np.ndarray:
+    return np.ones(shape, dtype)
+
+
+# codes and scales, operands behind the planes, attributes, and the message
+HANDLER = {
+    "codes of another type": ((ones(3, 5, 128), ones(3, 5, 1)), (), {}, "codes must be s8 or f8e4m3fn"),
+    "unsigned codes": ((ones(3, 5, 128, dtype=np.uint8), ones(3, 5, 1)), (), {}, "codes must be s8 or f8e4m3fn"),
+    "codes of fewer rows": ((ones(3, 4, 128, dtype=np.int8), ones(3, 4, 1)), (), {}, "leading axes of x and out"),
+    "codes of another k": ((ones(3, 5, 64, dtype=np.int8), ones(3, 5, 1)), (), {}, "plane 0 .* wrong shape"),
+    "scales of another type": ((None, ones(3, 5, 1, dtype=np.float16)), (), {}, "scales must be f32"),
+    "scales of fewer rows": ((None, ones(3, 4, 1)), (), {}, "one for each row of codes"),
+    "scales of groups": ((None, ones(3, 5, 2)), (), {}, "one for each row of codes"),
+    "scales of fewer axes": ((None, ones(3, 5)), (), {}, "one for each row of codes"),
+    "experts": ((None, None), (np.zeros(3, np.int32),), {}, "codes take no experts"),
+    "a short bias": ((None, None), (ones(95),), {"has_bias": True}, "bias must have the shape"),
+    "a residual of one row": ((None, None), (ones(96),), {"has_residual": True}, "residual must have the shape"),
+    "activation": ((None, None), (), {"activation": "swish"}, "unknown activation swish"),
+    "another group": ((None, None), (), {"group_size": 128}, "plane 0 .* wrong shape"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("x", "operands", "attributes", "message"), HANDLER.values(), ids=HANDLER)
+def test_handler(x, operands, attributes, message):
+    good = (ones(3, 5, 128, dtype=np.int8), ones(3, 5, 1))
+    codes, scales = (g if a is None else a for a, g in zip(x, good, strict=True))
+    attributes = {name: type(ATTRIBUTES[name])(value) for name, value in attributes.items()}
+    call = jax.ffi.ffi_call(INTEGER_MATMUL_TARGET, jax.ShapeDtypeStruct((3, 5, 96), jnp.float32))
+    with jax.default_device(jax.devices("cuda")[0]), pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(call(codes, scales, *STACK.planes, *operands, **ATTRIBUTES | attributes))

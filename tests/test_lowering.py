@@ -285,27 +285,29 @@ def test_gpu_slices_reach_the_kernel_without_a_copy(format, op):
     check_product(jax.jit(function)(x, w), np.broadcast_to(x, (LAYERS, M, K)), dense, product_limit("float32"))
 
 
+def outermost_thunks(folder, function, *arguments) -> set[str]:
+    """Kinds of what XLA executes one after the other, by its own listing."""
+    enabled = "FUSION,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
+    _compile(function, *arguments, xla_dump_to=str(folder), xla_gpu_enable_command_buffer=enabled)
+    listings = sorted(folder.rglob("*thunk_sequence_after_thunk_passes.txt")) or sorted(
+        folder.rglob("*thunk_sequence.txt")
+    )
+    assert listings, f"XLA wrote no thunk sequence, only {[p.name for p in folder.rglob('*')]}"
+    thunks = re.findall(r"^( *)\d+: (k\w+)", listings[-1].read_text(), re.MULTILINE)
+    outermost = min(len(indent) for indent, _ in thunks)
+    return {kind for indent, kind in thunks if len(indent) == outermost}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stacked", [False, True])
 def test_gpu_custom_calls_run_inside_a_cuda_graph(stacked, tmp_path):
-    """XLA's own listing of what it executes has command buffers and no custom call beside them."""
+    """There are command buffers, and no custom call beside them."""
     w, _ = _weight(qg.formats.get_format("q4_0"), LAYERS)
     function = _unrolled if stacked else lambda x, *ws: [qg.matmul(x, w) for w in ws]
     weights = (w,) if stacked else tuple(w[i] for i in range(LAYERS))
-    enabled = "FUSION,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"
-    _compile(
-        function, np.ones((M, K), np.float32), *weights,
-        xla_dump_to=str(tmp_path), xla_gpu_enable_command_buffer=enabled,
-    )  # fmt: skip
-    listings = sorted(tmp_path.rglob("*thunk_sequence_after_thunk_passes.txt")) or sorted(
-        tmp_path.rglob("*thunk_sequence.txt")
-    )
-    assert listings, f"XLA wrote no thunk sequence, only {[p.name for p in tmp_path.rglob('*')]}"
-    thunks = re.findall(r"^( *)\d+: (k\w+)", listings[-1].read_text(), re.MULTILINE)
-    outermost = min(len(indent) for indent, _ in thunks)
-    kinds = {kind for indent, kind in thunks if len(indent) == outermost}
-    assert "kCommandBuffer" in kinds, thunks
-    assert not kinds & {"kCustomCall", "kDynamicSlice"}, thunks
+    kinds = outermost_thunks(tmp_path, function, np.ones((M, K), np.float32), *weights)
+    assert "kCommandBuffer" in kinds, kinds
+    assert not kinds & {"kCustomCall", "kDynamicSlice"}, kinds
 
 
 @pytest.mark.gpu

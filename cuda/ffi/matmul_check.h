@@ -35,24 +35,32 @@ xla::ffi::Error make_fused_product(xla::ffi::AnyBuffer x, xla::ffi::RemainingArg
                                    xla::ffi::Result<xla::ffi::AnyBuffer> out, const MatmulAttributes& attributes,
                                    const EpilogueAttributes& epilogue, Product* product);
 
-// The parts of the bindings that both platforms share.
-#define JAX_QGEMM_OPERANDS()            \
-  Arg<xla::ffi::AnyBuffer>()            \
-      .RemainingArgs()                  \
+// The same of quantized x: `codes` int8 or float8_e4m3fn (*batch, ..., k), and their `scales`, float32
+// (*batch, ..., 1). There are no experts.
+xla::ffi::Error make_integer_product(xla::ffi::AnyBuffer codes, xla::ffi::AnyBuffer scales,
+                                     xla::ffi::RemainingArgs operands, xla::ffi::Result<xla::ffi::AnyBuffer> out,
+                                     const MatmulAttributes& attributes, const EpilogueAttributes& epilogue,
+                                     Product* product);
+
+// The parts of the bindings that handlers share.
+#define JAX_QGEMM_PRODUCT()             \
+  RemainingArgs()                       \
       .Ret<xla::ffi::AnyBuffer>()       \
       .Attr<std::string_view>("format") \
       .Attr<std::string_view>("kernel") \
       .Attr<int64_t>("group_size")      \
       .Attr<int64_t>("scale_type")      \
-      .Attr<int64_t>("batch_ndim")      \
-      .Attr<bool>("highest")
-#define JAX_QGEMM_MATMUL_OPERANDS() JAX_QGEMM_OPERANDS().Attr<bool>("transpose")
-#define JAX_QGEMM_FUSED_OPERANDS()          \
-  JAX_QGEMM_OPERANDS()                      \
-      .Attr<std::string_view>("activation") \
-      .Attr<bool>("gated")                  \
-      .Attr<bool>("has_scale")              \
-      .Attr<bool>("has_bias")               \
+      .Attr<int64_t>("batch_ndim")
+#define JAX_QGEMM_EPILOGUE()           \
+  Attr<std::string_view>("activation") \
+      .Attr<bool>("gated")             \
+      .Attr<bool>("has_scale")         \
+      .Attr<bool>("has_bias")          \
       .Attr<bool>("has_residual")
+#define JAX_QGEMM_OPERANDS() Arg<xla::ffi::AnyBuffer>().JAX_QGEMM_PRODUCT().Attr<bool>("highest")
+#define JAX_QGEMM_MATMUL_OPERANDS() JAX_QGEMM_OPERANDS().Attr<bool>("transpose")
+#define JAX_QGEMM_FUSED_OPERANDS() JAX_QGEMM_OPERANDS().JAX_QGEMM_EPILOGUE()
+#define JAX_QGEMM_INTEGER_OPERANDS() \
+  Arg<xla::ffi::AnyBuffer>().Arg<xla::ffi::AnyBuffer>().JAX_QGEMM_PRODUCT().JAX_QGEMM_EPILOGUE()
 
 }  // namespace jax_qgemm

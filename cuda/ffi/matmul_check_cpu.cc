@@ -8,12 +8,11 @@ namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
 
-// The product alone: the first `count` operands are the planes of w and perhaps experts, and w has `gate` times the
-// columns of out.
+// The product alone, of x whose type is known: the first `count` operands are the planes of w and perhaps experts, and
+// w has `gate` times the columns of out.
 ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int count, ffi::Result<ffi::AnyBuffer> out,
                 const MatmulAttributes& a, bool transpose, int gate, Product* p) {
   const auto x_dims = x.dimensions(), out_dims = out->dimensions();
-  if (!scalar_of(x.element_type(), &p->x_type)) return invalid("x must be f16, bf16 or f32");
   if (!scalar_of(out->element_type(), &p->out_type)) return invalid("out must be f16, bf16 or f32");
   const size_t rank = x_dims.size();
   if (a.batch_ndim < 0 || rank < static_cast<size_t>(a.batch_ndim) + 1 || out_dims.size() != rank) {
@@ -31,6 +30,7 @@ ffi::Error fill(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, int count,
   p->transpose = transpose;
   p->highest = a.highest;
   p->x = x.untyped_data();
+  p->x_scales = nullptr;
   p->out = out->untyped_data();
   p->epilogue = {};
   const WeightAttributes weight{a.format, a.group_size, a.scale_type};
@@ -73,15 +73,9 @@ ffi::Error float_operand(const ffi::RemainingArgs& operands, size_t i, const std
   return ffi::Error::Success();
 }
 
-}  // namespace
-
-ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
-                        const MatmulAttributes& a, bool transpose, Product* p) {
-  return fill(x, operands, static_cast<int>(operands.size()), out, a, transpose, 1, p);
-}
-
-ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
-                              const MatmulAttributes& a, const EpilogueAttributes& e, Product* p) {
+// The product with its epilogue, of x whose type is known: the last of the operands are those of the epilogue.
+ffi::Error fill_fused(ffi::AnyBuffer x, const ffi::RemainingArgs& operands, ffi::Result<ffi::AnyBuffer> out,
+                      const MatmulAttributes& a, const EpilogueAttributes& e, Product* p) {
   const int count = static_cast<int>(operands.size()) - e.has_scale - e.has_bias - e.has_residual;
   if (ffi::Error error = fill(x, operands, count, out, a, false, e.gated ? 2 : 1, p); error.failure()) return error;
   p->epilogue.gated = e.gated;
@@ -90,10 +84,10 @@ ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi
   }
   if (e.gated && p->n % (2 * kTileN) != 0) return invalid("gated, w must have a multiple of 32 columns");
 
-  const Dims x_dims = x.dimensions(), out_dims = out->dimensions();
+  const Dims out_dims = out->dimensions();
   const auto batch_ndim = static_cast<size_t>(a.batch_ndim);
   Dims dims;
-  size_t i = static_cast<size_t>(count);
+  auto i = static_cast<size_t>(count);
   if (e.has_scale) {
     Scalar type;
     const void* scale;
@@ -101,7 +95,7 @@ ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi
       return error;
     }
     if (type != Scalar::kF32 ||
-        (dims.size() != 0 && (dims.size() != batch_ndim || !starts_with(x_dims, dims, batch_ndim)))) {
+        (dims.size() != 0 && (dims.size() != batch_ndim || !starts_with(out_dims, dims, batch_ndim)))) {
       return invalid("global_scale must be f32, of no axes or of the batch axes");
     }
     p->epilogue.scale = static_cast<const float*>(scale);
@@ -110,7 +104,7 @@ ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi
   if (e.has_bias) {
     ffi::Error error = float_operand(operands, i++, "bias", &p->epilogue.bias_type, &p->epilogue.bias, &dims);
     if (error.failure()) return error;
-    const bool batched = dims.size() == batch_ndim + 1 && starts_with(x_dims, dims, batch_ndim);
+    const bool batched = dims.size() == batch_ndim + 1 && starts_with(out_dims, dims, batch_ndim);
     if ((dims.size() != 1 && !batched) || dims.back() != p->n) {
       return invalid("bias must have the shape (n,) or (*batch, n)");
     }
@@ -124,6 +118,41 @@ ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi
       return invalid("residual must have the shape of out");
     }
   }
+  return ffi::Error::Success();
+}
+
+constexpr const char* kFloatX = "x must be f16, bf16 or f32";
+
+}  // namespace
+
+ffi::Error make_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
+                        const MatmulAttributes& a, bool transpose, Product* p) {
+  if (!scalar_of(x.element_type(), &p->x_type)) return invalid(kFloatX);
+  return fill(x, operands, static_cast<int>(operands.size()), out, a, transpose, 1, p);
+}
+
+ffi::Error make_fused_product(ffi::AnyBuffer x, ffi::RemainingArgs operands, ffi::Result<ffi::AnyBuffer> out,
+                              const MatmulAttributes& a, const EpilogueAttributes& e, Product* p) {
+  if (!scalar_of(x.element_type(), &p->x_type)) return invalid(kFloatX);
+  return fill_fused(x, operands, out, a, e, p);
+}
+
+ffi::Error make_integer_product(ffi::AnyBuffer codes, ffi::AnyBuffer scales, ffi::RemainingArgs operands,
+                                ffi::Result<ffi::AnyBuffer> out, const MatmulAttributes& a, const EpilogueAttributes& e,
+                                Product* p) {
+  const ffi::DataType type = codes.element_type();
+  if (type != ffi::DataType::S8 && type != ffi::DataType::F8E4M3FN) return invalid("codes must be s8 or f8e4m3fn");
+  p->x_type = type == ffi::DataType::S8 ? Scalar::kInt8 : Scalar::kFp8;
+  if (ffi::Error error = fill_fused(codes, operands, out, a, e, p); error.failure()) return error;
+  if (p->stack.experts) return invalid("codes take no experts");
+  if (reinterpret_cast<uintptr_t>(p->x) % 16 != 0) return invalid("codes are not aligned to 16 bytes");
+  const Dims rows = codes.dimensions(), dims = scales.dimensions();
+  if (scales.element_type() != ffi::DataType::F32 || dims.size() != rows.size() ||
+      !starts_with(rows, dims, rows.size() - 1) || dims.back() != 1) {
+    return invalid("scales must be f32, one for each row of codes");
+  }
+  p->x_scales = static_cast<const float*>(scales.untyped_data());
+  if (reinterpret_cast<uintptr_t>(p->x_scales) % 4 != 0) return invalid("scales are not aligned to their elements");
   return ffi::Error::Success();
 }
 

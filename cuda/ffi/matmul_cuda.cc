@@ -1,17 +1,8 @@
-#include "ffi/matmul_check.h"
-#include "kernels/matmul.h"
+#include "ffi/launch_cuda.h"
 
 namespace jax_qgemm {
 namespace ffi = xla::ffi;
 namespace {
-
-ffi::Error run(const Product& product, cudaStream_t stream, ffi::Result<ffi::AnyBuffer> out) {
-  if (out->element_count() == 0) return ffi::Error::Success();
-  if (const char* problem = launch_matmul(product, stream)) {
-    return ffi::Error::Internal(std::string("jax_qgemm.matmul: ") + problem);
-  }
-  return ffi::Error::Success();
-}
 
 ffi::Error matmul_cuda(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs operands,
                        ffi::Result<ffi::AnyBuffer> out, std::string_view format, std::string_view kernel,
@@ -19,7 +10,7 @@ ffi::Error matmul_cuda(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs
   Product product;
   const MatmulAttributes attributes{format, kernel, group_size, scale_type, batch_ndim, highest};
   const ffi::Error error = make_product(x, operands, out, attributes, transpose, &product);
-  return error.failure() ? error : run(product, stream, out);
+  return error.failure() ? error : launch_checked(product, stream, out);
 }
 
 ffi::Error fused_matmul_cuda(cudaStream_t stream, ffi::AnyBuffer x, ffi::RemainingArgs operands,
@@ -31,7 +22,7 @@ ffi::Error fused_matmul_cuda(cudaStream_t stream, ffi::AnyBuffer x, ffi::Remaini
   const MatmulAttributes attributes{format, kernel, group_size, scale_type, batch_ndim, highest};
   const EpilogueAttributes epilogue{activation, gated, has_scale, has_bias, has_residual};
   const ffi::Error error = make_fused_product(x, operands, out, attributes, epilogue, &product);
-  return error.failure() ? error : run(product, stream, out);
+  return error.failure() ? error : launch_checked(product, stream, out);
 }
 
 }  // namespace

@@ -21,7 +21,9 @@ extern "C" XLA_FFI_Error* jax_qgemm_fused_matmul_cpu(XLA_FFI_CallFrame*);
 #ifdef JAX_QGEMM_WITH_CUDA
 extern "C" XLA_FFI_Error* jax_qgemm_matmul_cuda(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* jax_qgemm_fused_matmul_cuda(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* jax_qgemm_integer_matmul_cuda(XLA_FFI_CallFrame*);
 extern "C" XLA_FFI_Error* jax_qgemm_dequantize_cuda(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* jax_qgemm_quantize_cuda(XLA_FFI_CallFrame*);
 #endif
 
 namespace nb = nanobind;
@@ -38,7 +40,9 @@ nb::dict registrations() {
 #ifdef JAX_QGEMM_WITH_CUDA
   cuda["jax_qgemm.matmul.v1"] = capsule(jax_qgemm_matmul_cuda);
   cuda["jax_qgemm.fused_matmul.v1"] = capsule(jax_qgemm_fused_matmul_cuda);
+  cuda["jax_qgemm.integer_matmul.v1"] = capsule(jax_qgemm_integer_matmul_cuda);
   cuda["jax_qgemm.dequantize.v1"] = capsule(jax_qgemm_dequantize_cuda);
+  cuda["jax_qgemm.quantize_activations.v1"] = capsule(jax_qgemm_quantize_cuda);
 #endif
   all["cpu"] = cpu;
   all["CUDA"] = cuda;

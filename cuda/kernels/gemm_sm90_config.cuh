@@ -27,7 +27,8 @@ struct GemmSm90Config {
 struct GemmSm90Split {
   int64_t row_blocks, token_blocks, pairs_per_batch, whole, items;
 
-  GemmSm90Split(const GemmSm90Shape& s, const GemmSm90Config& c, int clusters)
+  template <class Config>
+  GemmSm90Split(const GemmSm90Shape& s, const Config& c, int clusters)
       : row_blocks(divide_up(s.tile_rows, c.row_tiles())),
         token_blocks(divide_up(s.m, c.tokens)),
         pairs_per_batch(divide_up(row_blocks, 2) * token_blocks) {

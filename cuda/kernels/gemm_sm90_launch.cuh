@@ -1,19 +1,15 @@
 // From a Product to gemm_sm90.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
 #include "kernels/gemm_sm90.cuh"
 #include "kernels/gemm_sm90.h"
-#include "kernels/gemm_sm90_config.cuh"
+#include "kernels/gemm_sm90_plan.cuh"
 
 namespace jax_qgemm {
 
 // Why the product cannot be computed, or nullptr.
 template <class F>
 const char* gemm_sm90_refusal(const Product& p, const DeviceLimits& limits) {
-  constexpr int64_t kMax = std::numeric_limits<int>::max();
   if (limits.capability != 90) return "kernel gemm_sm90 needs a GPU of compute capability 9.0";
   if (p.x_type == Scalar::kF32) return "kernel gemm_sm90 does not serve float32 x";
   if (p.k % 8 != 0 || p.k == 0) return "kernel gemm_sm90 needs a k that is a multiple of 8";
@@ -21,52 +17,15 @@ const char* gemm_sm90_refusal(const Product& p, const DeviceLimits& limits) {
   if (F::kGroup == 0 && (p.w.group == 16 || p.w.scale_type == ScaleType::kF32)) {
     return "kernel gemm_sm90 does not serve integer groups of 16 or float32 scales";
   }
-  // The kernel counts rows of x, rows of tiles of w and columns of both in 32 bits.
-  if (p.batch * p.m > kMax - 256 || p.stack.weights * p.tile_rows() > kMax - 32 || p.k > kMax - 256) {
-    return "kernel gemm_sm90 does not serve this product: it is more than it can count";
-  }
-  return nullptr;
-}
-
-template <class F, class S>
-GemmSm90Walk gemm_sm90_walk(const Product& p, const GemmSm90Shape& shape, const GemmSm90Split& split, int clusters) {
-  GemmSm90Walk walk = {};
-  walk.stages = static_cast<int>(divide_up(p.k, S::kTiles * kTileK));
-  walk.row_blocks = static_cast<int>(split.row_blocks);
-  walk.token_blocks = static_cast<int>(split.token_blocks);
-  walk.pairs_per_batch = static_cast<int>(split.pairs_per_batch);
-  walk.whole = static_cast<int>(split.whole);
-  walk.items = static_cast<int>(split.items);
-  walk.tile_rows = static_cast<int>(shape.tile_rows);
-  // One turn of the grid reads `group` blocks of x and clusters / group pairs of blocks of rows: the sum is smallest
-  // where both are equal.
-  const double rows_bytes = clusters * 2 * S::kRows * shape.bits / 8, x_bytes = S::kTileBytes / kTileK;
-  walk.group = std::clamp(static_cast<int>(std::lround(std::sqrt(rows_bytes / x_bytes))), 1, walk.token_blocks);
-  walk.boxes = plane_boxes<F>(p.w, S::kRowTiles, S::kTiles);
-  return walk;
-}
-
-// Describes x and the planes of w to the copy engine. Returns what went wrong, or nullptr.
-template <class F, class S>
-const char* encode_maps(ProductMaps* maps, const Product& p, const GemmSm90Walk& walk) {
-  // Each thread block of a pair brings half of the rows.
-  const char* problem = encode_rows(&maps->x, p.x, p.x_type, p.batch * p.m, p.k, S::kTileBytes / (kTileK * 2) / 2);
-  return problem ? problem : encode_planes<F>(maps->planes, p, walk.boxes, S::kRowTiles);
+  return too_large_for_gemm_sm90(p) ? "kernel gemm_sm90 does not serve this product: it is more than it can count"
+                                    : nullptr;
 }
 
 template <class F, class T, int Tokens, int Blocks, int Span>
 const char* launch_gemm_sm90_span(const Product& p, const GemmSm90Shape& shape, const DeviceLimits& limits,
                                   int clusters, cudaStream_t stream) {
-  using S = GemmSm90<F, Tokens, Blocks, Span>;
-  constexpr auto kKernel = gemm_sm90<F, T, Tokens, Blocks, Span>;
-  const GemmSm90Split split(shape, {Tokens, Blocks}, clusters);
-  const GemmSm90Walk walk = gemm_sm90_walk<F, S>(p, shape, split, clusters);
-  ProductMaps maps;
-  if (const char* problem = encode_maps<F, S>(&maps, p, walk)) return problem;
-  if (const cudaError_t error = allow_shared<kKernel>(S::kShared, limits); error != cudaSuccess) {
-    return cudaGetErrorString(error);
-  }
-  return launch(kKernel, {2 * std::min(walk.items, clusters), 1, S::kThreads, S::kShared, 2}, stream, p, walk, maps);
+  return launch_pairs<F, GemmSm90<F, Tokens, Blocks, Span>, gemm_sm90<F, T, Tokens, Blocks, Span>>(
+      p, shape, GemmSm90Split(shape, GemmSm90Config{Tokens, Blocks}, clusters), limits, clusters, stream);
 }
 
 template <class F, class T, int Tokens, int Blocks>

@@ -8,6 +8,7 @@
 #include "kernels/dequantize.cuh"
 #include "kernels/gemm_sm80.cuh"
 #include "kernels/gemm_sm90.h"
+#include "kernels/gemm_sm90_a8.h"
 #include "kernels/gemm_transposed.cuh"
 #include "kernels/gemv_config.cuh"
 #include "kernels/gemv_sm90.h"
@@ -112,8 +113,21 @@ const char* launch_forward(const Product& p, int terms, cudaStream_t stream) {
   return launch_gemm_sm80<F, T>(p, terms, stream);
 }
 
+// x is quantized: one kernel multiplies codes.
+template <class F>
+const char* launch_codes(const Product& p, cudaStream_t stream) {
+  if (p.transpose) return "codes of x are not multiplied by a transposed weight";
+#ifdef JAX_QGEMM_WITH_SM90A
+  if constexpr (kServesCodes<F>) return launch_gemm_sm90_a8<F>(p, stream);
+  return "codes of x are multiplied with int4 and int8 weights alone";
+#else
+  return "kernel gemm_sm90_a8 is not in this build: JAX_QGEMM_CUDA_ARCHITECTURES had no 90a";
+#endif
+}
+
 template <class F>
 const char* launch_format(const Product& p, cudaStream_t stream) {
+  if (p.x_scales) return launch_codes<F>(p, stream);
   if (p.transpose) {
     const int64_t k_tiles = divide_up(p.k, kTileK);
     return launch(gemm_transposed<F>, {k_tiles * divide_up(p.m, kTransposedTokens), p.batch, kTransposedThreads},

@@ -9,7 +9,8 @@
 
 namespace jax_qgemm {
 
-enum class Scalar : int32_t { kF16, kBF16, kF32 };
+// The last two are types of the codes of quantized x alone; kFp8 is float8_e4m3fn.
+enum class Scalar : int32_t { kF16, kBF16, kF32, kInt8, kFp8 };
 
 enum class Activation : int32_t { kNone, kSilu, kGelu, kGeluTanh, kRelu };
 
@@ -57,6 +58,7 @@ struct Product {
   bool transpose;
   bool highest;  // float32 x: full float32 products, else TF32-class
   Epilogue epilogue;
+  const float* x_scales;  // (batch, m), what codes of quantized x are multiplied by; null if x is not quantized
 
   QG_HD int64_t out_columns() const { return epilogue.gated ? n / 2 : n; }
 

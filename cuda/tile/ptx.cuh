@@ -28,11 +28,26 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
+// What is computed from the values stays behind this, and what they are computed from before it.
+__device__ __forceinline__ void pin(int& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ __forceinline__ void pin(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+__device__ __forceinline__ void pin(uint32_t (&values)[4]) {
+  asm volatile("" : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3])::"memory");
+}
+
 // (value & mask) | bits in one instruction; with both as constants there would be two.
 template <uint32_t kMask>
 __device__ __forceinline__ uint32_t and_or(uint32_t value, uint32_t bits) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(value), "n"(kMask), "r"(bits));
+  return r;
+}
+
+// (value & mask) ^ bits, likewise.
+template <uint32_t kMask>
+__device__ __forceinline__ uint32_t and_xor(uint32_t value, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(value), "n"(kMask), "r"(bits));
   return r;
 }
 

@@ -118,6 +118,11 @@ class StagedWeight {
     if constexpr (F::kHighBits != 0) load_codes(out.codes.high, stage + from[1] + tile * (128 * F::kHighBits));
     load_groups<0>(out, stage, tile, k_tile);
   }
+  // What affine() needs alone, of an integer format.
+  __device__ __forceinline__ void load_affine(Tile& out, ptx::SharedAddress stage, int tile) const {
+    static_assert(kIsInteger);
+    load_groups<0>(out, stage, tile, 0);
+  }
 
  private:
   template <int I>

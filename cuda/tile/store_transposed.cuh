@@ -25,7 +25,8 @@ constexpr int kTransposedUnits = 4, kTransposedUnitBytes = 512;
 template <class T, int Blocks, int Sums>
 __device__ __forceinline__ void store_transposed(const Product& p, int64_t batch, int64_t token, int64_t column,
                                                  int64_t tokens, char* buffer, float (&sums)[Blocks][Sums]) {
-  constexpr int kUnits = Sums / 8, kAhead = kUnits < 8 ? kUnits : 8;  // units whose residual is loaded at a time
+  constexpr int kUnits = Sums / 8, kAhead = kUnits % 8 == 0 ? 8 : 4;  // units whose residual is loaded at a time
+  static_assert(kUnits % kAhead == 0);
   const Epilogue& e = p.epilogue;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 

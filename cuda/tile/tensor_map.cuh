@@ -23,17 +23,20 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// x as rows of k 16-bit elements, in boxes of box_rows by 64 with the 128-byte swizzle. Returns what went wrong, or
-// nullptr. `x` has to be aligned to 16 bytes, and k to be a multiple of 8.
+// x as rows of k elements of 16 or 8 bits, in boxes of box_rows by 128 bytes with the 128-byte swizzle. Returns what
+// went wrong, or nullptr. `x` and its rows have to be aligned to 16 bytes.
 inline const char* encode_rows(CUtensorMap* map, const void* x, Scalar type, int64_t rows, int64_t k, int box_rows) {
   const auto encode = tensor_map_encoder();
   if (!encode) return "the driver is too old for tensor maps";
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride = static_cast<cuuint64_t>(k) * 2;
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUtensorMapDataType map_type = type == Scalar::kF16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : type == Scalar::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const cuuint32_t bytes = map_type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  const cuuint64_t stride = static_cast<cuuint64_t>(k) * bytes;
+  const cuuint32_t box[2] = {128 / bytes, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
   const CUresult result =
-      encode(map, type == Scalar::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-             const_cast<void*>(x), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(map, map_type, 2, const_cast<void*>(x), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the driver refuses a tensor map of x";
 }

@@ -14,12 +14,13 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jax_qgemm.flax.layers import QEmbed, QLayer, QLinear, QLinearGeneral
+from jax_qgemm.flax.layers import QEmbed, QLayer, QLinear, QLinearGeneral, check_quantized_x
 from jax_qgemm.flax.variables import map_spec
 from jax_qgemm.formats import QTensor
 from jax_qgemm.formats import quantize as quantize_array
 from jax_qgemm.formats.format import Format
 from jax_qgemm.formats.registry import get_format
+from jax_qgemm.ops.integer_matmul import check_x_format
 
 Path = tuple[Any, ...]  # names, keys and indices from the model to a module
 
@@ -34,6 +35,7 @@ def quantize(
     format: str | Format | Callable[[Path, nnx.Module], str | Format | None],
     where: Callable[[Path, nnx.Module], bool] | None = None,
     *,
+    x_format: str | None = None,
     progress: bool | None = None,
 ) -> Any:
     """A copy of an nnx model with quantized layers.
@@ -58,6 +60,7 @@ def quantize(
         the three types. A path is a tuple of attribute names, keys and indices. It is asked about every
         module; containers, norms and modules of your own that it accepts are passed over, for their children
         are asked about in turn.
+      x_format: None, or how the converted Linear and LinearGeneral layers quantize x, see `QLinear`.
       progress: whether to show a progress bar; None shows it if the conversion takes more than a second.
 
     Returns:
@@ -68,12 +71,14 @@ def quantize(
         of the three types, has a `dot_general` or `promote_dtype` of its own, or has a kernel that is not
         float16, bfloat16 or float32.
       ValueError: nothing is selected; an unknown format; k not a multiple of the format's block; values that
-        the format can't hold; a kernel shared with something that is not converted in the same way.
+        the format can't hold; a kernel shared with something that is not converted in the same way; an unknown
+        x_format, or one that the format can't be multiplied with.
         Errors name the path of the module, and all but those about values come before the first conversion.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be an nnx.Module, got {type(model).__name__}")
-    formats = _select(model, format, where)
+    check_x_format(x_format)
+    formats = _select(model, format, where, x_format)
     _check_shared(model, formats)
     packed: dict[int, QTensor] = {}  # by identity of the kernel variable
 
@@ -85,7 +90,7 @@ def quantize(
             w = packed.get(id(kernel))
             if w is None:
                 w = quantize_array(_matrix(module, kernel.get_value()), formats[path])
-            layer = _to_quantized(module, w)
+            layer = _to_quantized(module, w, x_format)
         packed[id(kernel)] = layer.packed
         bar.update()
         return layer
@@ -101,7 +106,7 @@ def quantize(
         return nnx.clone(nnx.recursive_map(convert, model))
 
 
-def _select(model: nnx.Module, format: Any, where: Any) -> dict[Path, Format]:
+def _select(model: nnx.Module, format: Any, where: Any, x_format: str | None) -> dict[Path, Format]:
     """The format of each layer to convert, by path, after every check that needs no values."""
     formats: dict[Path, Format] = {}
     passed_over: list[str] = []
@@ -118,7 +123,9 @@ def _select(model: nnx.Module, format: Any, where: Any) -> dict[Path, Format]:
             formats[path] = get_format(chosen)
             _check_layer(module)
             value = _kernel(module).get_value()
-            jax.eval_shape(lambda v, m=module, f=formats[path]: quantize_array(_matrix(m, v), f), value)
+            w = jax.eval_shape(lambda v, m=module, f=formats[path]: quantize_array(_matrix(m, v), f), value)
+            if type(module) is not nnx.Embed:
+                check_quantized_x(x_format, w)
     if not formats:
         accepted = f"; where accepted {', '.join(passed_over)}" if passed_over else ""
         raise ValueError(
@@ -212,7 +219,7 @@ def _first(names: tuple[Any, ...]) -> Any:
     return next((name for name in names if name is not None), None)
 
 
-def _to_quantized(module: Any, w: QTensor) -> QLayer:
+def _to_quantized(module: Any, w: QTensor, x_format: str | None) -> QLayer:
     kernel = _kernel(module)
     metadata = _metadata(module, kernel)
     if type(module) is nnx.Embed:
@@ -222,6 +229,7 @@ def _to_quantized(module: Any, w: QTensor) -> QLayer:
         "param_dtype": kernel.get_value().dtype,
         "precision": module.precision,
         "preferred_element_type": module.preferred_element_type,
+        "x_format": x_format,
         "kernel_metadata": metadata,
     }
     if type(module) is nnx.Linear:

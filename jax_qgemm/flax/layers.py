@@ -14,6 +14,8 @@ from flax import nnx
 from jax_qgemm.flax.variables import to_arrays, to_variables
 from jax_qgemm.formats import QTensor
 from jax_qgemm.ops import matmul, take
+from jax_qgemm.ops.integer_matmul import check_x_format
+from jax_qgemm.ops.integer_primitive import check_format
 
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
@@ -27,6 +29,7 @@ def product(
     param_dtype: Any = None,
     precision: Any = None,
     preferred_element_type: Any = None,
+    x_format: str | None = None,
 ) -> jax.Array:
     """x @ w + bias in the types in which Flax's layers compute x @ kernel + bias.
 
@@ -35,6 +38,7 @@ def product(
       param_dtype: type of the dense kernel, or None if it has no part in the promotion.
       precision: see `matmul`.
       preferred_element_type: type of x @ w, if other than `dtype`.
+      x_format: None, or how x is quantized, see `matmul`; differentiated as if it were not.
     """
     if dtype is None:
         dtype = jnp.result_type(x, *(a for a in (param_dtype, bias) if a is not None))
@@ -44,7 +48,17 @@ def product(
     if bias is not None:
         bias = bias.astype(dtype)
         out_dtype = jnp.promote_types(out_dtype, dtype)
-    return matmul(x.astype(dtype), w, bias=bias, out_dtype=out_dtype, precision=precision)
+    return matmul(
+        x.astype(dtype), w, x_format=x_format, straight_through=x_format is not None, bias=bias, out_dtype=out_dtype,
+        precision=precision,
+    )  # fmt: skip
+
+
+def check_quantized_x(x_format: Any, w: QTensor) -> None:
+    """Raises ValueError unless x_format is None, or x can be quantized so for a product with w."""
+    check_x_format(x_format)
+    if x_format is not None:
+        check_format(x_format, w.format, w.shape[-2])
 
 
 class QLayer(nnx.Module):
@@ -60,7 +74,8 @@ class QLayer(nnx.Module):
 
 
 class QProduct(QLayer):
-    """What the layers that stand for a product have in common: the types in which Flax computes it."""
+    """What the layers that stand for a product have in common: the types in which Flax computes it, and how x is
+    quantized."""
 
     def __init__(
         self,
@@ -70,12 +85,15 @@ class QProduct(QLayer):
         param_dtype: Any,
         precision: Any,
         preferred_element_type: Any,
+        x_format: str | None,
     ):
         super().__init__(w, metadata)
+        check_quantized_x(x_format, w)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
         self.preferred_element_type = preferred_element_type
+        self.x_format = x_format
 
     def product(self, x: jax.Array, w: QTensor, bias: jax.Array | None) -> jax.Array:
         return product(
@@ -86,6 +104,7 @@ class QProduct(QLayer):
             param_dtype=self.param_dtype,
             precision=self.precision,
             preferred_element_type=self.preferred_element_type,
+            x_format=self.x_format,
         )
 
 
@@ -107,6 +126,7 @@ class QLinear(QProduct):
         param_dtype: Any = None,
         precision: Any = None,
         preferred_element_type: Any = None,
+        x_format: str | None = None,
         kernel_metadata: Mapping[str, Any] = _EMPTY,
     ):
         """
@@ -118,13 +138,15 @@ class QLinear(QProduct):
           param_dtype: type of the dense kernel that w stands for; None if it has no part in the promotion.
           precision: see `jax_qgemm.matmul`.
           preferred_element_type: type of the product before the bias, if other than that of the computation.
+          x_format: None, or how x is quantized, per token: "int8" or "fp8", see `jax_qgemm.matmul`. The layer is
+            differentiated as if x were not quantized (`straight_through`).
           kernel_metadata: of a dense kernel (k, n), such as `out_sharding`.
 
         Raises:
           TypeError: w is not a QTensor.
-          ValueError: a bias of another shape.
+          ValueError: a bias of another shape; an unknown x_format, or one that w can't be multiplied with.
         """
-        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type)
+        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type, x_format)
         *batch, _, n = w.shape
         self.bias = _to_param(bias, (*batch, n))
 
@@ -167,6 +189,7 @@ class QLinearGeneral(QProduct):
         param_dtype: Any = None,
         precision: Any = None,
         preferred_element_type: Any = None,
+        x_format: str | None = None,
         kernel_metadata: Mapping[str, Any] = _EMPTY,
     ):
         """
@@ -178,14 +201,14 @@ class QLinearGeneral(QProduct):
           axis: the contracted axes of x.
           batch_axis: {0: size, ...}, leading axes of x that have a weight for each index: the batch axes of
             w.
-          dtype, param_dtype, precision, preferred_element_type: see `QLinear`.
+          dtype, param_dtype, precision, preferred_element_type, x_format: see `QLinear`.
           kernel_metadata: see `QLinear`; of a dense kernel (*batch, k, n).
 
         Raises:
           TypeError: w is not a QTensor.
-          ValueError: w or bias does not have the shape that the other arguments say.
+          ValueError: w or bias does not have the shape that the other arguments say; x_format as in `QLinear`.
         """
-        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type)
+        super().__init__(w, kernel_metadata, dtype, param_dtype, precision, preferred_element_type, x_format)
         self.in_features = _as_tuple(in_features)
         self.out_features = _as_tuple(out_features)
         self.axis = _as_tuple(axis)

@@ -28,6 +28,7 @@ class QDense(nn.Module):
       features: n.
       format: of the kernel that `init` makes: a name such as "q4_0", or a `Format`.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as of `flax.linen.Dense`.
+      x_format: see `QLinear`.
     """
 
     features: int
@@ -38,6 +39,7 @@ class QDense(nn.Module):
     precision: Any = None
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
+    x_format: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,7 +53,9 @@ class QDense(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return product(x, w, bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision)
+        return product(
+            x, w, bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision, x_format=self.x_format
+        )
 
 
 def quantize_dense(params: Any, format: str | Format, where: Callable[[tuple[str, ...]], bool]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Weight formats and the QTensor that holds weights in them."""
 
-from jax_qgemm.formats.activations import QActivations, quantize_activations
+from jax_qgemm.formats.activations import QActivations
 from jax_qgemm.formats.format import CodePlane, Format, GGUFFormat, GroupPlane, Plane
 from jax_qgemm.formats.integer import IntFormat, int2, int3, int4, int8
 from jax_qgemm.formats.qtensor import QTensor, quantize
@@ -24,5 +24,4 @@ __all__ = [
     "int4",
     "int8",
     "quantize",
-    "quantize_activations",
 ]

@@ -7,7 +7,6 @@ What is said of ggml is how its quantize_row_q8_1_ref (ggml-quants.c) and quanti
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +16,15 @@ import numpy as np
 from jax import export, lax
 
 from jax_qgemm.formats.bits import as_u16, flat, in_blocks, low_bytes
-from jax_qgemm.formats.format import exact_divide, f32_to_f16, rounded
+from jax_qgemm.formats.format import exact_divide, f32_to_f16, largest_magnitude, rounded
 from jax_qgemm.formats.ggml_legacy import absmax_int8, round_away
 
 BLOCK = 32
 BLOCK_BYTES = 36
 _LARGEST = 127 * 65504.0  # its scale is the largest finite float16
+# Below this times the largest code a largest magnitude counts as zero: there, backends that take subnormal numbers for
+# zeros would in the end give other bytes than those that do not.
+_TINY = 2.0**-100
 Convention = Literal["cpu", "cuda"]
 
 
@@ -92,7 +94,7 @@ class QActivations:
           TypeError: an array of another type.
           ValueError: an unknown format, or an array of another shape.
         """
-        kind = _activation_format(self.format)
+        kind = activation_format(self.format)
         *rows, k = np.shape(self.codes) or (0,)
         if k == 0 or (kind.group and k % kind.group):
             raise ValueError(f"codes of {name} ({self.format}) have shape {np.shape(self.codes)}, expected (..., k)")
@@ -121,68 +123,31 @@ export.register_pytree_node_serialization(
 )
 
 
-def _activation_format(format: Any) -> ActivationFormat:
+def activation_format(format: Any) -> ActivationFormat:
     if not (isinstance(format, str) and format in ACTIVATION_FORMATS):
         known = ", ".join(ACTIVATION_FORMATS)
         raise ValueError(f"unknown activation format {format!r}; known formats: {known}")
     return ACTIVATION_FORMATS[format]
 
 
-def quantize_activations(x: Any, format: str = "q8_1") -> QActivations:
-    """Quantizes activations along their last axis. Every backend gives the same bytes.
-
-    "int8" and "fp8", one scale per token, dynamic and symmetric: scale = max|x| / L in float32, code = x * (L / max|x|)
-    rounded to nearest, ties to even, both quotients being rounded once; L is 127, and 448, the largest float8_e4m3fn.
-    One product per element and no division, so that the code is that of the exact quotient unless this lies within
-    2^-23 of itself from the middle of two codes. A token whose largest magnitude is below L * 2^-100 (1e-28) is taken
-    for zeros: scale and codes are 0. A token with an Inf or a NaN has the scale NaN, and decodes to NaN.
-
-    "q8_1", in groups of 32: d = max|x| / 127 in float32, code = x * (1 / d) rounded to nearest, halves away from zero;
-    d is then rounded to float16. Values beyond +-127 * 65504 (8.3e6), whose d would overflow float16, are first clamped
-    to that: finite x never gives Inf or NaN. A group with an Inf or a NaN decodes to NaN.
-
-    The result has no derivative. `matmul(x, w, x_format=..., straight_through=True)` differentiates as if x were not
-    quantized.
-
-    Args:
-      x: float16, bfloat16 or float32 (..., k), k positive, for "q8_1" a multiple of 32.
-      format: "int8", "fp8" or "q8_1".
-
-    Raises:
-      TypeError: x is not a float array; or it is differentiated (`jax.lax.stop_gradient` says that it shall not be).
-      ValueError: an unknown format, or another k.
-    """
-    kind = _activation_format(format)
-    _check_x(x, kind.group or 1)
-    codes, scales, sums = _quantize(jnp.asarray(x), format)
-    return QActivations(format, codes, scales, sums, np.dtype(x.dtype))
+def quantize(x: jax.Array, format: str) -> tuple[jax.Array, ...]:
+    """Codes and scales of x (..., k), and of "q8_1" sums: `quantize_activations` says which. In jnp, for any platform;
+    the CUDA kernel gives the same bytes."""
+    return _per_group(x) if format == "q8_1" else _per_token(x, format)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _quantize(x: jax.Array, format: str) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    if format == "q8_1":
-        codes, d = absmax_int8(_groups(x))
-        return flat(codes), rounded(d, jnp.float16), _sums(codes)
-    return *_per_token(x, format), None
+def _per_group(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    groups = _groups(x)
+    top = largest_magnitude(groups, keepdims=True)
+    codes, d = absmax_int8(jnp.where(top < 127 * _TINY, 0.0, groups))
+    return flat(codes), rounded(d, jnp.float16), _sums(codes)
 
 
-@_quantize.defjvp
-def _refuse(format: str, primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        f"x is differentiated, but its {format} codes have no derivative: matmul(x, w, x_format=..., "
-        "straight_through=True) differentiates as if x were not quantized, jax.lax.stop_gradient(x) not at all"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=1)
 def _per_token(x: jax.Array, format: str) -> tuple[jax.Array, jax.Array]:
-    """Codes and float32 scales (..., 1) of x."""
     kind = ACTIVATION_FORMATS[format]
     x = x.astype(jnp.float32)
-    top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    # Below, backends that take subnormal numbers for zeros would in the end give other bytes than those that do not.
-    top = jnp.where(top < kind.largest * 2.0**-100, 0.0, top)
+    top = largest_magnitude(x, keepdims=True)
+    top = jnp.where(top < kind.largest * _TINY, 0.0, top)
     scales = jnp.where(jnp.isinf(top), jnp.nan, exact_divide(top, kind.largest))
     is_plain = (top > 0) & (top < jnp.inf)
     # The largest element becomes the largest code, within two roundings: no code needs to be clipped.
@@ -223,7 +188,7 @@ def q8_1_to_bytes(x: Any, convention: Convention) -> jax.Array:
     """
     if convention not in ("cpu", "cuda"):
         raise ValueError(f'convention must be "cpu" or "cuda", got {convention!r}')
-    _check_x(x, BLOCK)
+    check_activations(x, BLOCK)
     groups = _groups(jnp.asarray(x))
     codes, d = absmax_int8(groups)
     if convention == "cpu":
@@ -264,7 +229,8 @@ def _sums(codes: jax.Array) -> jax.Array:
     return jnp.sum(codes, axis=-1, dtype=jnp.int16)
 
 
-def _check_x(x: Any, block: int) -> None:
+def check_activations(x: Any, block: int) -> None:
+    """Raises unless x is a float array (..., k), k a positive multiple of `block`."""
     if not hasattr(x, "dtype") or x.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
         got = getattr(x, "dtype", None) or type(x).__name__
         raise TypeError(f"x must be a float16, bfloat16 or float32 array, got {got}")

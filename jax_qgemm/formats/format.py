@@ -230,6 +230,13 @@ def uncontracted(product: jax.Array) -> jax.Array:
     return jnp.where(product == product, product, jnp.nan)
 
 
+def largest_magnitude(x: jax.Array, keepdims: bool = False) -> jax.Array:
+    """max|x| of float32 x along the last axis; NaN where there is one, which XLA's CPU backend loses in a maximum of
+    floats over many rows. Magnitudes are ordered as their bits are, NaN last."""
+    bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return lax.bitcast_convert_type(jnp.max(bits, axis=-1, keepdims=keepdims), jnp.float32)
+
+
 def exact_divide(value: ArrayLike, divisor: ArrayLike) -> jax.Array:
     """float32 value / divisor, rounded once to nearest, ties to even, whatever the backend: on GPUs XLA's own division
     is off by up to two units in the last place, and everywhere it turns one by a constant into a product."""

@@ -31,6 +31,7 @@ from jax_qgemm.formats.format import (
     exact_reciprocal,
     f16_to_f32,
     f32_to_f16,
+    largest_magnitude,
     uncontracted,
 )
 
@@ -129,7 +130,7 @@ class Q8_0(GGUFFormat):
 def absmax_int8(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 (..., size) codes round(x / d) and float32 (...,) d = max|x| / 127, as ggml's
     quantize_row_q8_0_ref has them: x is multiplied by the rounded 1 / d."""
-    d = exact_divide(jnp.max(jnp.abs(blocks), axis=-1), 127)
+    d = exact_divide(largest_magnitude(blocks), 127)
     scaled = uncontracted(blocks * exact_reciprocal(d)[..., None])
     return jnp.clip(round_away(scaled), -128, 127).astype(jnp.int8), d
 

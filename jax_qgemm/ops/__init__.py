@@ -3,6 +3,7 @@
 from jax_qgemm.ops.experts import expert_matmul
 from jax_qgemm.ops.gated import gated_matmul, interleave_gate_up
 from jax_qgemm.ops.matmul import matmul
+from jax_qgemm.ops.quantize import quantize_activations
 from jax_qgemm.ops.take import take
 
-__all__ = ["expert_matmul", "gated_matmul", "interleave_gate_up", "matmul", "take"]
+__all__ = ["expert_matmul", "gated_matmul", "interleave_gate_up", "matmul", "quantize_activations", "take"]

@@ -174,7 +174,8 @@ def _dense(*operands, **params):
     return _composed(*operands, **(params | {"kernel": "dense"}))
 
 
-def _attributes(*, activation, gated, **params):
+def epilogue_attributes(*, activation: str | None, gated: bool, **params: Any) -> dict[str, Any]:
+    """How handlers are told of an epilogue."""
     flags = {"gated": gated} | which_extras(params)
     return {"activation": activation or "none"} | {name: np.bool_(value) for name, value in flags.items()}
 
@@ -183,4 +184,4 @@ qmatmul_fused_p.def_impl(functools.partial(xla.apply_primitive, qmatmul_fused_p)
 batching.primitive_batchers[qmatmul_fused_p] = _batch
 ad.primitive_jvps[qmatmul_fused_p] = _jvp
 ad.primitive_transposes[qmatmul_fused_p] = _transpose
-register_lowerings(qmatmul_fused_p, FUSED_MATMUL_TARGET, _reference, _dense, _attributes)
+register_lowerings(qmatmul_fused_p, FUSED_MATMUL_TARGET, _reference, _dense, epilogue_attributes)

@@ -10,13 +10,20 @@ import jax.numpy as jnp
 
 from jax_qgemm import reference
 from jax_qgemm._sharding import varying_alike
-from jax_qgemm.formats.activations import QActivations, quantize_activations
+from jax_qgemm.formats.activations import QActivations
 from jax_qgemm.formats.qtensor import QTensor
 from jax_qgemm.ops import integer_primitive
 from jax_qgemm.ops.integer_primitive import KERNELS, X_FORMATS
 from jax_qgemm.ops.matmul_primitive import qmatmul_p
+from jax_qgemm.ops.quantize import quantize_activations
 
 _Static = tuple[tuple[str, Any], ...]
+
+
+def check_x_format(x_format: Any) -> None:
+    """Raises ValueError unless it is None or how x can be quantized for a product."""
+    if x_format is not None and x_format not in X_FORMATS:
+        raise ValueError(f"x_format must be one of {', '.join(X_FORMATS)} or None, got {x_format!r}")
 
 
 def product(
@@ -35,8 +42,7 @@ def product(
       extras: global_scale, bias and residual.
       **params: highest, out_dtype, activation and gated.
     """
-    if x_format is not None and x_format not in X_FORMATS:
-        raise ValueError(f"x_format must be one of {', '.join(X_FORMATS)} or None, got {x_format!r}")
+    check_x_format(x_format)
     if kernel not in ("auto", *KERNELS):
         raise ValueError(
             f"kernel={kernel!r} can't serve quantized activations, expected 'auto' or one of {', '.join(KERNELS)}"

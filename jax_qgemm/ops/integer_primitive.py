@@ -11,16 +11,25 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_qgemm import reference
+from jax_qgemm._registration import INTEGER_MATMUL_TARGET, require_cuda
 from jax_qgemm.formats.format import Format
 from jax_qgemm.formats.integer import IntFormat
 from jax_qgemm.ops import integer_dense
-from jax_qgemm.ops.fused_primitive import function_of, split_operands, which_extras
-from jax_qgemm.ops.lowering import check_operands, result_aval, weight_shape
+from jax_qgemm.ops.fused_primitive import epilogue_attributes, function_of, split_operands, which_extras
+from jax_qgemm.ops.lowering import (
+    check_operands,
+    check_platform,
+    check_reasons,
+    has_gemm_sm90,
+    lower_to_call,
+    result_aval,
+    weight_shape,
+)
 from jax_qgemm.ops.matmul_primitive import qmatmul_p
 from jax_qgemm.ops.stack import map_weights, to_front
 
 X_FORMATS = ("int8", "fp8")
-KERNELS = ("host", "dense", "reference")
+KERNELS = ("gemm_sm90_a8", "host", "dense", "reference")
 
 integer_matmul_p = Primitive("integer_matmul")
 """Operands: codes of x (*batch, ..., k), their scales, float32 (*batch, ..., 1), and the planes of one weight, (*batch,
@@ -29,7 +38,8 @@ n/16, k/k_block, payload); then those that there are of global_scale, bias and r
 Parameters: format, padding, batch_ndim, out_dtype, activation, gated, has_scale, has_bias and has_residual as there,
 and
   x_format: one of X_FORMATS.
-  kernel: "auto" or one of KERNELS: "host", on the CPU, is the kernel of `qmatmul_p` over the codes as float32.
+  kernel: "auto" or one of KERNELS: "gemm_sm90_a8", on Hopper GPUs, is one kernel with its epilogue; "host", on the CPU,
+    that of `qmatmul_p` over the codes as float32.
 """
 
 
@@ -46,8 +56,13 @@ def _split(operands: Any, has_scale: bool, has_bias: bool, has_residual: bool) -
     return codes, scales, planes, extras
 
 
+def check_format(x_format: str, format: Format, k: int) -> None:
+    """Raises ValueError unless codes of x can be multiplied with those of a weight of k rows."""
+    if reason := _why_not(x_format, format, k):
+        raise ValueError(f"x is quantized to {x_format}, but w is {format}: {reason}")
+
+
 def _why_not(x_format: str, format: Format, k: int) -> str | None:
-    """What keeps activations from being multiplied with a weight of k rows."""
     if not isinstance(format, IntFormat) or format.bits not in (4, 8):
         return "expected int4 or int8 weights"
     if 0 < format.group < 64:
@@ -67,8 +82,7 @@ def _abstract_eval(
 ):  # fmt: skip
     del kernel, activation
     codes, scales, planes, _ = _split(operands, has_scale, has_bias, has_residual)
-    if reason := _why_not(x_format, format, codes.shape[-1]):
-        raise ValueError(f"x is quantized to {x_format}, but w is {format}: {reason}")
+    check_format(x_format, format, codes.shape[-1])
     n = check_operands(codes.update(dtype=jnp.dtype("float32")), planes, format, padding, batch_ndim)
     if scales.dtype != jnp.float32 or scales.shape != (*codes.shape[:-1], 1):
         raise ValueError(
@@ -121,7 +135,7 @@ def _jvp(primals, tangents, **params):
 
 
 def _sums(codes, scales, planes, *, kernel, **weight):
-    """float32 (*batch, ..., n), by one of KERNELS; but for the epilogue finished."""
+    """float32 (*batch, ..., n), by one of KERNELS made of others; but for the epilogue finished."""
     if kernel == "dense":
         return integer_dense.sums(codes, *planes, **weight) * scales
     x = codes.astype(jnp.float32)
@@ -134,14 +148,10 @@ def _sums(codes, scales, planes, *, kernel, **weight):
 
 
 def _product(
-    *operands, on_cpu, x_format, format, padding, batch_ndim, out_dtype, kernel, activation, gated, has_scale, has_bias,
+    *operands, x_format, format, padding, batch_ndim, out_dtype, kernel, activation, gated, has_scale, has_bias,
     has_residual,
 ):  # fmt: skip
     del x_format  # the type of the codes
-    if kernel == "host" and not on_cpu:
-        raise ValueError("kernel='host' serves cpu, but the product is lowered for another platform")
-    if kernel == "auto":
-        kernel = "host" if on_cpu else "dense"
     codes, scales, planes, extras = _split(operands, has_scale, has_bias, has_residual)
     sums = _sums(codes, scales, planes, kernel=kernel, format=format, padding=padding, batch_ndim=batch_ndim)
     return reference.epilogue(
@@ -149,9 +159,43 @@ def _product(
     )
 
 
+def _why_not_sm90(format: IntFormat, k: int) -> list[str]:
+    """Every reason why gemm_sm90_a8 can't serve a product, but for those that only the device knows."""
+    reasons = []
+    if isinstance(k, int) and k % 16:
+        reasons.append(f"k = {k} is not a multiple of 16")
+    if format.bits == 8 and not format.symmetric:
+        reasons.append("it serves 8-bit weights without zero points")
+    if format.group and format.scale_dtype == "float32":
+        reasons.append("it serves groups with 16-bit scales")
+    return reasons
+
+
+_lower_product = mlir.lower_fun(_product, multiple_results=False)
+
+
+def _lower(ctx, *operands, platform, **params):
+    kernel, format = params["kernel"], params["format"]
+    codes = ctx.avals_in[0]
+    reasons = _why_not_sm90(format, codes.shape[-1])
+    check_platform(kernel, platform)
+    if kernel == "gemm_sm90_a8":
+        check_reasons(kernel, codes, format, reasons)
+        require_cuda()
+    if kernel == "auto":
+        serves = platform == "cuda" and has_gemm_sm90() and not reasons
+        kernel = "host" if platform == "cpu" else "gemm_sm90_a8" if serves else "dense"
+    if kernel != "gemm_sm90_a8":
+        return _lower_product(ctx, *operands, **params | {"kernel": kernel})
+    return lower_to_call(
+        INTEGER_MATMUL_TARGET, ctx, operands, format=format, kernel=kernel, batch_ndim=params["batch_ndim"],
+        **epilogue_attributes(**params),
+    )  # fmt: skip
+
+
 integer_matmul_p.def_impl(functools.partial(xla.apply_primitive, integer_matmul_p))
 batching.primitive_batchers[integer_matmul_p] = _batch
 ad.primitive_jvps[integer_matmul_p] = _jvp
-for platform in (None, "cpu"):
-    lower = mlir.lower_fun(functools.partial(_product, on_cpu=platform == "cpu"), multiple_results=False)
-    mlir.register_lowering(integer_matmul_p, lower, platform=platform)
+mlir.register_lowering(integer_matmul_p, functools.partial(_lower, platform="a platform without kernels"))
+for platform in ("cpu", "cuda"):
+    mlir.register_lowering(integer_matmul_p, functools.partial(_lower, platform=platform), platform=platform)

@@ -28,6 +28,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gemv_sm90": ("cuda",),
     "gemm_sm80": ("cuda",),
     "gemm_sm90": ("cuda",),
+    "gemm_sm90_a8": ("cuda",),
     "host": ("cpu",),
     "dense": (),
     "reference": (),
@@ -93,7 +94,8 @@ def gemv_max_rows(dtype: Any) -> int:
     return 8 if dtype == jnp.float32 else 64
 
 
-def _check_kernel(kernel: str, platform: str) -> None:
+def check_platform(kernel: str, platform: str) -> None:
+    """Raises ValueError where a kernel that was asked for does not serve the platform."""
     if kernel != "auto" and KERNELS[kernel] and platform not in KERNELS[kernel]:
         serves = " and ".join(KERNELS[kernel])
         raise ValueError(f"kernel={kernel!r} serves {serves}, but the product is lowered for {platform}")
@@ -102,6 +104,8 @@ def _check_kernel(kernel: str, platform: str) -> None:
 def _why_not(kernel: str, x: Any, format: Format, batch_ndim: int) -> list[str]:
     """Every reason why a kernel can't serve a product, but for those that only the device knows."""
     reasons = []
+    if kernel == "gemm_sm90_a8":
+        reasons.append("it serves quantized x, so x_format or QActivations")
     sm90 = kernel in ("gemv_sm90", "gemm_sm90")
     rows, most = math.prod(x.shape[batch_ndim:-1]), gemv_max_rows(x.dtype)
     if kernel in ("gemv", "gemv_sm90") and isinstance(rows, int) and rows > most:
@@ -123,14 +127,15 @@ def _why_not(kernel: str, x: Any, format: Format, batch_ndim: int) -> list[str]:
     return reasons
 
 
-def _check_forced(kernel: str, x: Any, format: Format, batch_ndim: int) -> None:
-    if reasons := _why_not(kernel, x, format, batch_ndim):
+def check_reasons(kernel: str, x: Any, format: Format, reasons: list[str]) -> None:
+    """Raises ValueError with the reasons, if any, why a kernel that was asked for can't serve the product."""
+    if reasons:
         raise ValueError(f"kernel={kernel!r} can't serve x {list(x.shape)} with {format}: {'; '.join(reasons)}")
 
 
 @functools.cache
-def _has_gemm_sm90() -> bool:
-    """Whether every GPU of this process is one that gemm_sm90 runs on, and the build has it."""
+def has_gemm_sm90() -> bool:
+    """Whether every GPU of this process is one that gemm_sm90 and gemm_sm90_a8 run on, and the build has them."""
     if not any(architecture.startswith("90a") for architecture in build_info().cuda_architectures):
         return False
     try:
@@ -148,7 +153,7 @@ def _dense_pays(x: Any, format: Format, batch_ndim: int, transpose: bool) -> boo
     least = DENSE_MIN_ROWS_TRANSPOSED if transpose else DENSE_MIN_ROWS
     if batch_ndim != 0 or not holds or not isinstance(rows, int) or rows < least:
         return False
-    return transpose or not _has_gemm_sm90() or bool(_why_not("gemm_sm90", x, format, batch_ndim))
+    return transpose or not has_gemm_sm90() or bool(_why_not("gemm_sm90", x, format, batch_ndim))
 
 
 def weight_attributes(format: Format) -> dict[str, Any]:
@@ -159,6 +164,15 @@ def weight_attributes(format: Format) -> dict[str, Any]:
         "group_size": np.int64(format.group if is_int else 0),
         "scale_type": np.int64(SCALE_DTYPES.index(format.scale_dtype) if is_int else 0),
     }
+
+
+def lower_to_call(
+    target: str, ctx: Any, operands: Any, *, format: Format, kernel: str, batch_ndim: int, **attributes: Any
+) -> Any:
+    """A custom call of a product's handler; what all of them are told is made of the parameters."""
+    return jax.ffi.ffi_lowering(target)(
+        ctx, *operands, **weight_attributes(format), kernel=kernel, batch_ndim=np.int64(batch_ndim), **attributes
+    )
 
 
 def register_lowerings(
@@ -181,8 +195,8 @@ def register_lowerings(
     def lower(ctx: Any, *operands: Any, platform: str, **params: Any) -> Any:
         kernel, format, batch_ndim = params["kernel"], params["format"], params["batch_ndim"]
         x = ctx.avals_in[0]
-        _check_kernel(kernel, platform)
-        _check_forced(kernel, x, format, batch_ndim)
+        check_platform(kernel, platform)
+        check_reasons(kernel, x, format, _why_not(kernel, x, format, batch_ndim))
         if platform == "cuda" and kernel != "reference":
             require_cuda()
         pays = kernel == "auto" and platform == "cuda"
@@ -190,15 +204,10 @@ def register_lowerings(
             return lower_dense(ctx, *operands, **params)
         if kernel == "reference" or platform not in ("cpu", "cuda"):
             return lower_reference(ctx, *operands, **params)
-        return jax.ffi.ffi_lowering(target)(
-            ctx,
-            *operands,
-            **weight_attributes(format),
-            kernel=kernel,
-            batch_ndim=np.int64(batch_ndim),
-            highest=np.bool_(params["highest"]),
-            **attributes(**params),
-        )
+        return lower_to_call(
+            target, ctx, operands, format=format, kernel=kernel, batch_ndim=batch_ndim,
+            highest=np.bool_(params["highest"]), **attributes(**params),
+        )  # fmt: skip
 
     mlir.register_lowering(primitive, functools.partial(lower, platform="a platform without kernels"))
     for platform in ("cpu", "cuda"):

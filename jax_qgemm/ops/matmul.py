@@ -145,8 +145,10 @@ def matmul(
         Hopper for 16-bit x "gemv_sm90" (up to 64 rows) and "gemm_sm90"; "host" on the CPU; anywhere "dense" (rows of w
         are decoded to the type of x in scratch memory of at most 256 MiB, then XLA's dot), which "auto" takes on GPUs
         for derivatives of 16 and more rows of 16-bit x, and for products of 256 and more that gemm_sm90 does not serve,
-        and "reference" (plain jnp over all of w decoded). Quantized x has "dense" (codes of w in scratch memory, then
-        XLA's integer or bfloat16 dot), which "auto" takes on GPUs, "host" (codes of x as float32), and "reference".
+        and "reference" (plain jnp over all of w decoded). Quantized x has "gemm_sm90_a8" on Hopper, which "auto" takes
+        there for k a multiple of 16, weights without 8-bit zero points, and groups with 16-bit scales; "dense" (codes
+        of w in scratch memory, then XLA's integer or bfloat16 dot), which it takes on GPUs for the rest; "host" (codes
+        of x as float32), and "reference".
 
     Returns:
       (..., n) of `out_dtype`.

@@ -69,7 +69,7 @@ extern "C" const char* emulated_matmul(const char* format, const char* kernel, c
                                        int plane_count, int64_t k_blocks, int group_size, int scale_type,
                                        const Stack* stack, const void* x, int x_type, void* out, int out_type,
                                        int64_t batch, int64_t m, int64_t n, int64_t k, int transpose, int highest,
-                                       const Epilogue* epilogue) {
+                                       const Epilogue* epilogue, const float* x_scales) {
   using namespace jax_qgemm;
   Product p = {};
   p.format = format;
@@ -84,5 +84,6 @@ extern "C" const char* emulated_matmul(const char* format, const char* kernel, c
   p.transpose = transpose;
   p.highest = highest;
   if (epilogue) p.epilogue = *epilogue;
+  p.x_scales = x_scales;
   return guarded([&] { return launch_matmul(p, nullptr); });
 }

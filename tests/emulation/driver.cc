@@ -4,6 +4,23 @@
 
 #include <cstring>
 
+namespace {
+
+int size_of(CUtensorMapDataType type) {
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8:
+      return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_FLOAT16:
+    case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16:
+      return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_INT64:
+      return 8;
+  }
+  __builtin_trap();
+}
+
+}  // namespace
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
@@ -11,7 +28,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   constexpr uint64_t kMaxSize = uint64_t{1} << 32, kMaxStride = uint64_t{1} << 40;
   bool valid = rank == 2 && reinterpret_cast<uintptr_t>(base) % 16 == 0 && reinterpret_cast<uintptr_t>(map) % 64 == 0;
   valid &= strides[0] % 16 == 0 && strides[0] < kMaxStride;
-  const int element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_INT64 ? 8 : 2;
+  const int element_bytes = size_of(type);
   const cuuint32_t box_bytes = box[0] * static_cast<cuuint32_t>(element_bytes);
   valid &= box_bytes % 16 == 0 && (swizzle == CU_TENSOR_MAP_SWIZZLE_NONE || box_bytes <= 128);
   for (int i = 0; i < 2; ++i) {

@@ -24,11 +24,12 @@ struct Copy {
 
 // A wgmma of a thread: it happens when the thread waits for it, and reads its operands only then.
 struct Wgmma {
-  float* sums;
+  void (*multiply)(const Wgmma&);
+  void* sums;
   int columns;  // 2 sums each
   const uint32_t* a;
   uint64_t b;
-  bool is_bf16, adds;
+  bool adds;
 };
 
 struct Thread {
@@ -66,7 +67,11 @@ extern Launch last_launch;
 struct WarpExchange {
   Operand values[32][6][2];
   const void* pointers[32];
-  Operands columns[256];  // of a wgmma's b
+  union {  // of a wgmma's b
+    Operands columns[256];
+    Fp8Operands fp8_columns[256];
+    Int8Operands int8_columns[256];
+  };
 };
 
 WarpExchange& warp_exchange();

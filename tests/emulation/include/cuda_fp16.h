@@ -43,3 +43,11 @@ inline __half __hfma(__half a, __half b, __half c) {
   return r;
 }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
+inline __half2 __habs2(__half2 a) {
+  return {{static_cast<uint16_t>(a.x.bits & 0x7fff)}, {static_cast<uint16_t>(a.y.bits & 0x7fff)}};
+}
+inline __half __hmax_nan(__half a, __half b) {
+  if (std::isnan(__half2float(a)) || std::isnan(__half2float(b))) return {0x7fff};
+  return __half2float(a) > __half2float(b) ? a : b;
+}
+inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)}; }

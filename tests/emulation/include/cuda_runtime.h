@@ -42,6 +42,18 @@ T __ldg(const T* p) {
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+// In double the sum is exact, or as good as that where a number is so small that it only counts as not zero.
+inline float __fadd_rz(float a, float b) {
+  const double sum = static_cast<double>(a) + b;
+  const auto rounded = static_cast<float>(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
+inline int __float2int_rz(float a) {
+  return std::isnan(a) ? 0 : a >= 0x1p31f ? INT32_MAX : a <= -0x1p31f ? INT32_MIN : static_cast<int>(a);
+}
 inline float __uint_as_float(uint32_t bits) {
   float f;
   memcpy(&f, &bits, sizeof f);
@@ -59,6 +71,35 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   uint32_t r = 0;
   for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selectors >> (4 * i) & 7)) & 255) << (8 * i);
   return r;
+}
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
+
+// What the lanes of a warp, all of which are here, show one another.
+template <class T, class Use>
+T with_lanes(T value, Use&& use) {
+  auto& exchange = emulation::warp_exchange();
+  exchange.pointers[emulation::current->lane()] = &value;
+  emulation::sync_warp();
+  const T result = use([&](int lane) { return *static_cast<const T*>(exchange.pointers[lane]); });
+  emulation::sync_warp();
+  return result;
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
+  if (mask != 0xffffffffu) __builtin_trap();
+  return with_lanes(value, [&](auto of) { return of(emulation::current->lane() ^ lanes); });
+}
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
+  if (mask != 0xffffffffu) __builtin_trap();
+  return with_lanes(value, [](auto of) {
+    uint32_t largest = 0;
+    for (int lane = 0; lane < 32; ++lane) largest = of(lane) > largest ? of(lane) : largest;
+    return largest;
+  });
 }
 
 inline void __syncthreads() { emulation::sync_block(); }

@@ -28,6 +28,10 @@ template <uint32_t kMask>
 uint32_t and_or(uint32_t value, uint32_t bits) {
   return (value & kMask) | bits;
 }
+template <uint32_t kMask>
+uint32_t and_xor(uint32_t value, uint32_t bits) {
+  return (value & kMask) ^ bits;
+}
 
 template <bool IsBF16>
 uint32_t twice_saturated(float value) {
@@ -55,6 +59,9 @@ inline uint32_t shared_offset(SharedAddress p) {
 inline void sync_named(int barrier, int threads) { emulation::sync_named(barrier, threads); }
 inline void arrive_named(int barrier, int threads) { emulation::arrive_named(barrier, threads); }
 
+inline void pin(int&) {}
+inline void pin(float&) {}
+inline void pin(uint32_t (&)[4]) {}
 inline int opaque(int value) { return value; }
 inline SharedAddress opaque(SharedAddress address) { return address; }
 

@@ -1,0 +1,10 @@
+// Instantiations of gemm_sm90_a8: float8 codes with int4.
+
+#include "formats/formats.cuh"
+#include "kernels/gemm_sm90_a8_launch.cuh"
+
+namespace jax_qgemm {
+
+template const char* launch_fp8_codes<Int4>(const Product&, const DeviceLimits&, cudaStream_t);
+
+}  // namespace jax_qgemm
