@@ -321,7 +321,7 @@ def test_zeros(emulated, operands):
         ("int8", qg.int2(64), 128, "int4 and int8 weights alone"),
         ("int8", qg.formats.get_format("q4_0"), 128, "int4 and int8 weights alone"),
     ],
-    ids=str,
+    ids=case_id,
 )
 def test_says_why_it_refuses(emulated, x_format, format, k, reason):
     w, _ = random_weight(format, k, 16, 0)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from emulated import ACTIVATIONS, random_weight, random_x
 from sm90_checks import check_epilogue, check_rows_stay_alone, memory_at
 
 import jax_qgemm as qg
-from jax_qgemm.formats import FORMAT_NAMES, get_format
+from jax_qgemm.formats import FORMAT_NAMES, GGUF_FORMATS, get_format
 from jax_qgemm.testing import check_product, product_limit
 
 FORMATS = [
@@ -74,6 +75,52 @@ def test_operands_without_scales_are_exact(emulated, format, dtype):
         w, dense = random_weight(get_format(format), 1024, 70, m)
         x = (np.random.default_rng(m).standard_normal((m, 1024)) + 4).astype(np.float32).astype(jnp.dtype(dtype))
         check_product(product(emulated, jnp.asarray(x), w), x.astype(np.float64), dense, 1e-9)
+
+
+# Formats whose sub-scale times level is at most 2048, which float16 holds; bfloat16 holds 256.
+SUB_SCALED = {"q2_k": TYPES, "q3_k": TYPES, "q4_k": ("float16",), "q5_k": ("float16",)}
+# m, n, k, multiprocessors, kilobytes of shared memory: x passes through or stays, a last pass in which some warpgroups
+# have no rows, slices and clusters.
+SUPER_BLOCK_SHAPES = [
+    (9, 200, 2560, 16, 227),
+    (16, 420, 1024, 1, 227),
+    (32, 330, 2048, 1, 160),
+    (48, 100, 2816, 4, 170),
+    (64, 420, 1536, 1, 200),
+]
+
+
+def k_quant(format, k, n, seed, magnitude):
+    """A random weight whose float16 scales and minimums are times `magnitude`, and its dense values."""
+    fmt = GGUF_FORMATS[format]
+    raw = cases.random_blocks(fmt, n, k, np.random.default_rng(seed))
+    blocks = raw.reshape(n, -1, fmt.block_bytes)
+    for offset in {"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2)}[format]:
+        halves = blocks[..., offset : offset + 2].copy().view(np.float16) * np.float16(magnitude)
+        blocks[..., offset : offset + 2] = halves.view(np.uint8)
+    return qg.QTensor.from_gguf_bytes(raw, format), cases.gguf_py_dequantize(raw, fmt).T.astype(np.float64)
+
+
+@pytest.mark.parametrize(("format", "dtype"), [(f, t) for f, types in SUB_SCALED.items() for t in types])
+@pytest.mark.parametrize("magnitude", [2.0**-10, 1.0, 64.0])
+def test_super_blocks_are_exact(emulated, format, dtype, magnitude):
+    """The scale of a super-block and its minimum multiply sums, whatever their size, subnormal float16 included."""
+    for case, (m, n, k, multiprocessors, kilobytes) in enumerate(SUPER_BLOCK_SHAPES):
+        w, dense = k_quant(format, k, n, case, magnitude)
+        x = np.random.default_rng(case).standard_normal((m, k)) + case
+        x = x.astype(np.float32).astype(jnp.dtype(dtype))
+        with emulated.device(*hopper(multiprocessors, kilobytes)):
+            check_product(product(emulated, jnp.asarray(x), w), x.astype(np.float64), dense, 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 65504.0), ("bfloat16", 3e37)])
+@pytest.mark.parametrize("format", ["q2_k", "q4_k"])
+def test_sums_of_large_x(emulated, format, dtype, size):
+    """A group's sum of x is beyond the largest float16, and would be beyond the largest bfloat16."""
+    w, dense = k_quant(format, 512, 40, 0, 2.0**-10)
+    x = np.full((20, 512), size).astype(jnp.dtype(dtype))
+    got = product(emulated, jnp.asarray(x), w)
+    check_product(got / size, x.astype(np.float64) / size, dense, product_limit(dtype))
 
 
 # m, n, k, multiprocessors, kilobytes of shared memory

@@ -16,6 +16,7 @@ struct IQ4_XS : KQuant, AffineByIndex<IQ4_XS> {
   static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 4), group_plane("sub_scales", 8, 32),
                                           group_plane("scales", 16, 256)};
   static constexpr int kGroup = 32, kLowBits = 4, kHighBits = 0, kZero = kIQ4Zero;
+  static constexpr int kSubZero = 32;
   static constexpr bool kHasMinimum = false, kHasTable = true;
 
   QG_HD static constexpr uint8_t table(int code) { return iq4_level(code); }
@@ -23,7 +24,7 @@ struct IQ4_XS : KQuant, AffineByIndex<IQ4_XS> {
 
   template <class Reader>
   QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t super_index) {
-    return scaled<uint8_t, 32, kZero>(w, 1, index, super_index);
+    return scaled<uint8_t, kSubZero, kZero>(w, 1, index, super_index);
   }
 };
 

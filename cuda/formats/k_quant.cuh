@@ -11,6 +11,10 @@ namespace jax_qgemm {
 struct KQuant {
   static constexpr int kBlock = 256, kKBlock = 256;
   static constexpr bool kHasTable = false;
+  // Sub-scales, the first group plane: what they are biased by, whether they are int8, and whether they are the low
+  // four bits of bytes whose high ones are the sub-minimums.
+  static constexpr int kSubZero = 0;
+  static constexpr bool kSubsAreSigned = false, kSubsShareBytes = false;
 
   template <class T>
   QG_HD static T levels(T codes) {

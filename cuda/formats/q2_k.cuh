@@ -15,7 +15,7 @@ struct Q2_K : KQuant, AffineByIndex<Q2_K> {
   static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 2), group_plane("sub_scales", 8, 16),
                                           group_plane("scales", 16, 256), group_plane("minimums", 16, 256)};
   static constexpr int kGroup = 16, kLowBits = 2, kHighBits = 0, kZero = 0;
-  static constexpr bool kHasMinimum = true;
+  static constexpr bool kHasMinimum = true, kSubsShareBytes = true;
 
   template <class Reader>
   QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t super_index) {

@@ -15,11 +15,12 @@ struct Q3_K : KQuant, AffineByIndex<Q3_K> {
   static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 2), code_plane("high_bits", 1, 2),
                                           group_plane("sub_scales", 8, 16), group_plane("scales", 16, 256)};
   static constexpr int kGroup = 16, kLowBits = 2, kHighBits = 1, kZero = 4;
+  static constexpr int kSubZero = 32;
   static constexpr bool kHasMinimum = false;
 
   template <class Reader>
   QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t super_index) {
-    return scaled<uint8_t, 32, kZero>(w, 2, index, super_index);
+    return scaled<uint8_t, kSubZero, kZero>(w, 2, index, super_index);
   }
 };
 

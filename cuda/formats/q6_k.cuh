@@ -16,7 +16,7 @@ struct Q6_K : KQuant, AffineByIndex<Q6_K> {
   static constexpr PlaneSpec kPlanes[] = {code_plane("codes", 4), code_plane("high_bits", 2, 4),
                                           group_plane("sub_scales", 8, 16), group_plane("scales", 16, 256)};
   static constexpr int kGroup = 16, kLowBits = 4, kHighBits = 2, kZero = 32;
-  static constexpr bool kHasMinimum = false;
+  static constexpr bool kHasMinimum = false, kSubsAreSigned = true;
 
   template <class Reader>
   QG_HD static AffinePair affine_at(const Reader& w, int64_t index, int64_t super_index) {

@@ -10,129 +10,17 @@
 
 #include <utility>
 
-#include "kernels/gemv_sm90_config.cuh"
-#include "tile/partial_sums.cuh"
-#include "tile/plane_boxes.cuh"
-#include "tile/slot_ring.cuh"
-#include "tile/stage_copier.cuh"
+#include "kernels/gemv_sm90_block.cuh"
 #include "tile/store.cuh"
-#include "tile/value_operand.cuh"
 #include "tile/wgmma.cuh"
 
 namespace jax_qgemm {
-
-// Whether the operand is the integer or the 4-bit float itself, and sums are multiplied by the scale: of integer
-// formats, where a scale serves whole tiles, weights are not rounded then; and where float16 does not hold the scales.
-template <class F, class T, class G>
-constexpr bool kGemvSm90Exact = F::kGroup == 0 ? G::kSteps >= 4 : !T::kIsBF16 && !kScalesFitF16<F>;
-
-template <class F, class G>
-using GemvSm90Staged = StagedWeight<F, kGemvSm90Stage / kTileK, std::min(G::kSteps, 4), kGemvSm90Rows / kTileN>;
-
-template <class F, class T, int Tokens, class G>
-struct GemvSm90 {
-  using Staged = GemvSm90Staged<F, G>;
-  static constexpr int kTiles = kGemvSm90Stage / kTileK;
-  // A slot of x holds [tile of k][token][64].
-  static constexpr int kXTileBytes = Tokens * kTileK * 2, kXBytes = kTiles * kXTileBytes;
-  static constexpr bool kExact = kGemvSm90Exact<F, T, G>;
-  // k-steps whose operands are made at a time, and how many times that is of a stage. Registers are few.
-  static constexpr int kBatch = Tokens == 64 || (kExact && G::kSteps == 2) ? 2 : 4, kBatches = kTiles * 4 / kBatch;
-  using Operand = ValueOperand<F, T, kExact>;
-  // Of the 96 that a thread begins with, so that a block of all warpgroups is full.
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 112;
-  static_assert(kProducerRegisters + kGemvSm90Warpgroups * kConsumerRegisters <= (kGemvSm90Warpgroups + 1) * 96);
-
-  const GemvSm90Sizes& s;
-  char* shared;
-  int rank, first_tile, tiles, passes;  // rank: in the cluster; the tiles of 64 rows of this cluster
-
-  __device__ __forceinline__ GemvSm90(const GemvSm90Sizes& s, char* shared)
-      : s(s), shared(shared), rank(s.config.cluster == 2 ? ptx::cluster_rank() : 0) {
-    const int cluster = static_cast<int>(blockIdx.x) >> (s.config.cluster - 1);
-    first_tile = s.first_tile(cluster);
-    tiles = s.tiles(cluster);
-    passes = cluster < s.more_tiles ? s.passes : s.passes_without_more;
-  }
-
-  __device__ __forceinline__ uint64_t* barriers() const { return reinterpret_cast<uint64_t*>(shared + s.barriers); }
-  __device__ __forceinline__ int slice_of(int warpgroup) const { return s.slice_of >> 4 * warpgroup & 15; }
-  __device__ __forceinline__ int first_stage(int slice) const { return (rank * s.config.slices + slice) * s.steps; }
-  // Of a slice; where they are as many as its stages x stays, for all passes over k.
-  __device__ __forceinline__ Slots x(int slice) const {
-    const int count = s.config.slots;
-    return {barriers() + 2 * slice * count, shared + s.x + slice * count * kXBytes, count, kXBytes};
-  }
-  // Of a warpgroup.
-  __device__ __forceinline__ Slots weights(int warpgroup) const {
-    const GemvSm90Config& c = s.config;
-    return {barriers() + 2 * (c.slices * c.slots + warpgroup * c.depth),
-            shared + s.rings + warpgroup * c.depth * s.stage_bytes, c.depth, s.stage_bytes};
-  }
-  __device__ __forceinline__ PartialSums<Tokens> partial(int row) const {
-    const GemvSm90Config& c = s.config;
-    uint64_t* of_sums = barriers() + 2 * (c.slices * c.slots + c.warpgroups() * c.depth);
-    return {reinterpret_cast<float4*>(shared + s.parts) + row * c.buffers * c.slices * Tokens * 16,
-            of_sums + row * c.buffers,
-            of_sums + (c.rows + row) * c.buffers,
-            c.slices,
-            c.cluster,
-            rank,
-            c.buffers};
-  }
-
-  // By one thread of a producer warp, here and below: it brings the weights of the warpgroup of the same number, and x
-  // for the slice of the same number. (Consumers elect no thread: ptxas would take what they do then for divergent.)
-  __device__ __forceinline__ void start(int producer) const {
-    const GemvSm90Config& c = s.config;
-    if (producer < c.slices) x(producer).start(4 * c.rows);
-    if (producer < c.rows) partial(producer).start();
-    weights(producer).start(4);
-    ptx::barrier_init_fence();
-  }
-
-  // weight_row: the weight's first row of tiles.
-  __device__ __forceinline__ void bring(const Weight& weight, const PlaneBoxes& boxes, const ProductMaps& maps,
-                                        int producer, int batch, int weight_row) const {
-    const GemvSm90Config& c = s.config;
-    SlotTurn x_turn(x(producer)), w_turn(weights(producer));
-    const int slice = slice_of(producer);
-    int tile = producer - slice * c.rows;
-    bool brings_x = producer < c.slices;
-#pragma unroll 1
-    for (int pass = 0; pass < passes; ++pass) {
-#pragma unroll 1
-      for (int step = 0; step < s.steps; ++step) {
-        if (brings_x) {
-          if (!s.x_stays) x_turn.wait_read();
-          ptx::barrier_expect(x_turn.full(), s.tokens * kGemvSm90Stage * 2);
-          const int k = (first_stage(producer) + step) * kGemvSm90Stage;
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            ptx::load_box(x_turn.address() + i * kXTileBytes, &maps.x, k + i * kTileK, batch * s.tokens, x_turn.full());
-          }
-          x_turn.advance();
-        }
-        if (tile < tiles) {
-          w_turn.wait_read();
-          ptx::barrier_expect(w_turn.full(), boxes.bytes);
-          load_planes<F, Staged>(weight, boxes, maps.planes, w_turn.address(), first_stage(slice) + step,
-                                 weight_row + (first_tile + tile) * 4, w_turn.full());
-          w_turn.advance();
-        }
-      }
-      tile += c.rows;
-      if (s.x_stays) brings_x = false;
-    }
-  }
-};
 
 template <class F, class T, int Tokens, class G>
 __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
     gemv_sm90(const Product p, const GemvSm90Sizes s, const PlaneBoxes boxes,
               const __grid_constant__ ProductMaps maps) {
   using S = GemvSm90<F, T, Tokens, G>;
-  using Operand = typename S::Operand;
   constexpr int kTiles = S::kTiles;
   const GemvSm90Config& c = s.config;
   Weight weight = with_grouping<F, G>(p.w);
@@ -170,21 +58,26 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
   const PartialSums<Tokens> partial = block.partial(row);
   typename S::Staged staged(weight, warp, lane);
   staged.pin();
-  typename S::Staged::Tile w[kTiles];
-  typename Operand::Group group;
-  uint32_t a[2][S::kBatch][4];                                  // in use, and next
-  constexpr int kGroups = std::max(kTiles * 4 / G::kSteps, 1);  // of a stage
-  float scales[kGroups][2];
+  typename S::Weights w;
+  uint32_t a[2][S::kBatch][4];  // in use, and next
   const int first_stage = block.first_stage(slice);
   int stage_to_take = first_stage;
   // Stages, of all tiles.
   int to_take = (block.passes - (row + (block.passes - 1) * c.rows >= block.tiles)) * s.steps;
-  const auto take = [&]() __attribute__((always_inline)) {
-    if (to_take > 0) ring.wait_full();  // behind the last stage, anything
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) staged.load(w[i], ring.address(), i, stage_to_take * kTiles + i);
+  const auto take_rest = [&]() __attribute__((always_inline)) {
+    if constexpr (S::kSuper) w.load_codes(staged, ring.address(), 1);
     __syncwarp();
     ring.release(lane);
+  };
+  const auto take = [&]<int kStage>() __attribute__((always_inline)) {
+    if (to_take > 0) ring.wait_full();  // behind the last stage, anything
+    if constexpr (S::kSuper) {
+      w.template load<kStage>(staged, ring.address(), lane);
+      w.load_codes(staged, ring.address(), 0);
+    } else {
+      w.load(staged, ring.address(), stage_to_take);
+    }
+    if constexpr (!S::kTakesLate) take_rest();
     --to_take;
     if (++stage_to_take == first_stage + s.steps) stage_to_take = first_stage;
   };
@@ -197,19 +90,59 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
   };
   const auto decode = [&](int batch) __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < S::kBatch; ++i) {
-      const int at = batch * S::kBatch + i, tile = at / 4, step = at % 4;
-      if (at % G::kSteps == 0) {
-        const AffinePair affine = w[tile].affine(weight, step);
-        group = Operand::prepare(affine);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) scales[at / G::kSteps][h] = affine.row[h].scale * Operand::unit(h);
+    for (int i = 0; i < S::kBatch; ++i) w.decode(a[batch % 2][i], weight, batch * S::kBatch + i);
+  };
+
+  // Sums of x over groups, of a unit, at its beginning and not between wgmmas: the warps that share x take turns.
+  int turn = row * 4 + warp;
+  const auto sum_x = [&](int pass) __attribute__((always_inline)) {
+    if constexpr (S::kSumsX) {
+      if (pass > 0 && s.x_stays) return;
+      constexpr int kTasks = S::kStages * (Tokens / 16);
+#pragma unroll 1
+      for (; turn < kTasks; turn += 4 * c.rows) {
+        SlotTurn of_task = x;
+        if (turn >= Tokens / 16) of_task.advance();
+        of_task.wait_full();
+        S::XSums::sum(block.x_sums(slice, of_task.index()), of_task.address(), S::kXTileBytes, turn % (Tokens / 16) * 2,
+                      lane);
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(block.x_summed(slice) + of_task.index());
       }
-      Operand::decode(a[batch % 2][i], w[tile].codes, step, group);
+      turn -= kTasks;
+    }
+  };
+  // Minimums, at the end of a unit. Until then its stages of x are kept, and with them the slots of their sums.
+  ptx::SharedAddress x_sums[S::kStages], x_full[S::kStages];
+  const auto keep_x = [&](int stage) __attribute__((always_inline)) {
+    if constexpr (S::kSumsX) {
+      x_full[stage] = x.full();
+      x_sums[stage] = block.x_sums(slice, x.index()) + lane * 4;
+      ptx::barrier_wait(block.x_summed(slice) + x.index(), x.phase());
+      if (s.x_stays) {
+        x.pass();
+      } else {
+        x.advance();
+      }
+    }
+  };
+  const auto add_minimums = [&](float (&sums)[Tokens / 2]) __attribute__((always_inline)) {
+    if constexpr (S::kSumsX) {
+      using XSums = typename S::XSums;
+      uint32_t minimums[4];
+      w.minimum_operand(minimums);
+      const float scale[2] = {w.minimum(0) * XSums::kUp, w.minimum(1) * XSums::kUp};
+#pragma unroll
+      for (int i = 0; i < Tokens / 8; ++i) {
+        float product[4] = {};
+        XSums::multiply(product, minimums, x_sums[0] + i * XSums::kTileBytes, x_sums[1] + i * XSums::kTileBytes);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[4 * i + j] = fmaf(product[j], scale[j / 2], sums[4 * i + j]);
+      }
     }
   };
 
-  take();
+  take.template operator()<0>();
   decode(0);
   const bool plain = p.epilogue.empty();
   const int lag = c.buffers - 1;  // passes between a tile's last product and its results
@@ -217,55 +150,78 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
   for (int pass = 0; pass < block.passes + lag; ++pass) {
     const int tile = row + pass * c.rows;
     if (pass < block.passes && tile < block.tiles) {
-      float sums[Tokens / 2] = {}, of_group[Tokens / 2] = {};
+      float sums[Tokens / 2] = {};
 #pragma unroll 1
-      for (int step = 0; step < s.steps; ++step) {
-        const uint64_t x_operand = uniform_operand(x.address());
+      for (int step = 0; step < s.steps; step += S::kStages) {
+        if constexpr (S::kSumsX) sum_x(pass);
+        float of_span[Tokens / 2];
+        uint64_t x_operand;
         // Between the first wgmma and the last wait there must be no branch but to wait, or ptxas runs them one by one.
         const auto multiply = [&]<int kFirst>() __attribute__((always_inline)) {
           ptx::wgmma_fence();
 #pragma unroll
           for (int i = 0; i < S::kBatch; ++i) {
-            const uint64_t b = operand_of_step(x_operand, (kFirst + i) / 4 * (S::kXTileBytes / 32) + (kFirst + i) % 4);
+            const int at = kFirst % (4 * kTiles) + i;
+            const uint64_t b = operand_of_step(x_operand, at / 4 * (S::kXTileBytes / 32) + at % 4);
             auto& operand = a[kFirst / S::kBatch % 2][i];
-            if constexpr (!S::kExact) {
+            if constexpr (!S::kScalesSums) {
               wgmma<T>(sums, operand, b);
-            } else if (kFirst % G::kSteps == 0 && i == 0) {
-              wgmma<T, false>(of_group, operand, b);
+            } else if (kFirst % S::kSpan == 0 && i == 0) {
+              wgmma<T, false>(of_span, operand, b);
             } else {
-              wgmma<T>(of_group, operand, b);
+              wgmma<T>(of_span, operand, b);
             }
           }
           ptx::wgmma_commit();
         };
         const auto run = [&]<int kIndex>() __attribute__((always_inline)) {
           constexpr int kEnd = (kIndex + 1) * S::kBatch;  // k-steps
-          constexpr bool kLast = kIndex + 1 == S::kBatches, kEndsGroup = kLast || kEnd % G::kSteps == 0;
+          constexpr bool kStarts = kIndex % S::kBatches == 0, kEndsStage = kEnd % (4 * kTiles) == 0;
+          constexpr bool kLast = kEnd == S::kSteps, kEndsSpan = kLast || kEnd % S::kSpan == 0;
+          if constexpr (kStarts) {
+            x_operand = uniform_operand(x.address());
+            x.wait_full();
+          }
           multiply.template operator()<kIndex * S::kBatch>();
-          const auto& scale = scales[(kEnd - 1) / G::kSteps];
-          const float scale_now[2] = {scale[0], scale[1]};
-          ptx::wgmma_wait_but<1>();
-          if constexpr (kLast) take();
-          decode((kIndex + 1) % S::kBatches);
-          if constexpr (S::kExact && kEndsGroup) {
-            ptx::wgmma_wait(of_group);
+          float scale[2];
 #pragma unroll
-            for (int i = 0; i < Tokens / 2; ++i) sums[i] = fmaf(of_group[i], scale_now[i / 2 % 2], sums[i]);
-          } else if constexpr (kLast) {
-            ptx::wgmma_wait(sums);
+          for (int h = 0; h < 2; ++h) scale[h] = w.scale(h, kEnd - 1);
+          ptx::wgmma_wait_but<1>();
+          if constexpr (kEndsStage && S::kSumsX) keep_x(kIndex / S::kBatches);
+          if constexpr (kLast && S::kSumsX && !S::kTakesLate) add_minimums(sums);
+          if constexpr (kEndsStage) take.template operator()<kLast ? 0 : 1>();
+          if constexpr (S::kTakesLate && (kIndex + 1) % S::kBatches == S::kBatches / 2) take_rest();
+          decode((kIndex + 1) % S::kBatches);
+          if constexpr (S::kScalesSums && kEndsSpan) {
+            ptx::wgmma_wait(of_span);
+#pragma unroll
+            for (int i = 0; i < Tokens / 2; ++i) sums[i] = fmaf(of_span[i], scale[i / 2 % 2], sums[i]);
+          } else if constexpr (kEndsStage && !S::kSumsX) {
+            if constexpr (S::kScalesSums) {
+              ptx::wgmma_wait(of_span);
+            } else {
+              ptx::wgmma_wait(sums);
+            }
+          }
+          if constexpr (kEndsStage && !S::kSumsX) release_x();
+          if constexpr (kLast && S::kSumsX) {
+            if constexpr (S::kTakesLate) add_minimums(sums);
+            __syncwarp();
+            for (const auto& full : x_full) ptx::barrier_arrive_if(lane == 0 && !s.x_stays, full + 8);
           }
         };
-        x.wait_full();
         [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) __attribute__((always_inline)) {
           (run.template operator()<kIndex>(), ...);
-        }(std::make_integer_sequence<int, S::kBatches>());
-        release_x();
+        }(std::make_integer_sequence<int, S::kSteps / S::kBatch>());
       }
       if (c.cluster == 2 && pass == 0) ptx::cluster_wait();  // the other block's barriers are there
       partial.send(sums, slice, pass);
     } else if (pass < block.passes) {
       // A last pass in which this warpgroup has no rows: the ring of x goes on.
       for (int step = 0; step < s.steps; ++step) {
+        if constexpr (S::kSumsX) {
+          if (step % S::kStages == 0) sum_x(pass);
+        }
         x.wait_full();
         release_x();
       }

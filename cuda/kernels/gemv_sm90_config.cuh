@@ -19,6 +19,8 @@ struct GemvSm90Shape {
   int stage_bytes;  // of a warpgroup's weights: a slot for a stage
   int tokens;       // of a wgmma, m or more
   double bits;      // of a weight as stored
+  int unit;         // stages that are summed before scales are known: a slice has a multiple of them
+  int sum_bytes;    // of sums of x over groups, a stage; or 0
 };
 
 struct GemvSm90Config {
@@ -39,19 +41,22 @@ struct GemvSm90Sizes {
   GemvSm90Config config;
   int tokens, tile_rows;
   int steps;                            // stages of a slice
+  int sum_bytes;                        // see GemvSm90Shape
   int stage_bytes;                      // see GemvSm90Shape
   int clusters, row_tiles, more_tiles;  // tiles of a cluster, and the clusters that have one more
   int passes_without_more, passes;      // of a cluster; of one that has one more, if any
   int slice_of = 0;                     // of each warpgroup, four bits
   bool x_stays;
-  int x, rings, parts, scratch, barriers, total;  // how shared memory is divided
+  int x, rings, parts, scratch, x_sums, barriers, total;  // how shared memory is divided
 
   GemvSm90Sizes() = default;
   GemvSm90Sizes(const GemvSm90Shape& shape, const GemvSm90Config& c, int most_clusters)
       : config(c),
         tokens(static_cast<int>(shape.m)),
         tile_rows(static_cast<int>(shape.tile_rows)),
-        steps(static_cast<int>(divide_up(divide_up(shape.k, kGemvSm90Stage), c.cluster * c.slices))),
+        steps(shape.unit *
+              static_cast<int>(divide_up(divide_up(shape.k, kGemvSm90Stage * shape.unit), c.cluster * c.slices))),
+        sum_bytes(shape.sum_bytes),
         stage_bytes(shape.stage_bytes) {
     const auto tiles = static_cast<int>(divide_up(tile_rows * int64_t{kTileN}, kGemvSm90Rows));
     clusters = std::max(1, std::min(tiles, most_clusters));
@@ -65,8 +70,11 @@ struct GemvSm90Sizes {
     rings = x + c.slices * c.slots * shape.tokens * kGemvSm90Stage * 2;
     parts = rings + c.warpgroups() * c.depth * stage_bytes;
     scratch = parts + c.buffers * c.warpgroups() * kGemvSm90Rows * shape.tokens * 4;
-    barriers = scratch + c.warpgroups() * kScratchFloats * 4;
-    total = barriers + 8 * (2 * c.slices * c.slots + 2 * c.warpgroups() * c.depth + 2 * c.buffers * c.rows);
+    x_sums = scratch + c.warpgroups() * kScratchFloats * 4;
+    const int slots_of_x = c.slices * c.slots;
+    barriers = x_sums + slots_of_x * sum_bytes;
+    total = barriers +
+            8 * (2 * slots_of_x + 2 * c.warpgroups() * c.depth + 2 * c.buffers * c.rows + (sum_bytes ? slots_of_x : 0));
   }
 
   QG_HD int first_tile(int cluster) const {
@@ -117,18 +125,24 @@ void for_each_gemv_sm90(const GemvSm90Shape& shape, const DeviceLimits& limits, 
     const auto sizes = [&] { return GemvSm90Sizes(shape, c, static_cast<int>(clusters)); };
     const int steps = sizes().steps;
     const bool takes_turns = sizes().passes > 1 && c.slices * c.cluster > 1;
-    c.depth = std::clamp(kInFlight / (c.warpgroups() * shape.stage_bytes), 2, 8);
+    const int depth = std::clamp(kInFlight / (c.warpgroups() * shape.stage_bytes), 2, 8);
     for (c.buffers = takes_turns ? 2 : 1; c.buffers > 0; --c.buffers) {
-      for (const int slots : {steps, 8, 6, 4, 3}) {  // a ring has three at least
-        c.slots = std::min(steps, slots);
-        const GemvSm90Sizes s = sizes();
-        if (s.total > limits.shared_bytes) continue;
-        visit(s, gemv_sm90_cycles(shape, s, limits.multiprocessors));
-        break;
+      bool fits = false;
+      // What is in flight may be a little less where it would not fit otherwise.
+      for (c.depth = depth; !fits && c.depth >= std::max(2, depth - 2); --c.depth) {
+        // A ring has three at least, or four where two are read at a time.
+        for (const int slots : {steps, 8, 6, 4, shape.sum_bytes ? 4 : 3}) {
+          c.slots = std::min(steps, slots);
+          const GemvSm90Sizes s = sizes();
+          fits = s.total <= limits.shared_bytes;
+          if (!fits) continue;
+          visit(s, gemv_sm90_cycles(shape, s, limits.multiprocessors));
+          break;
+        }
       }
     }
   };
-  const int64_t stages = divide_up(shape.k, kGemvSm90Stage);
+  const int64_t stages = divide_up(shape.k, kGemvSm90Stage * shape.unit);
   for (int cluster = 1; cluster <= (stages > 1 && limits.multiprocessors > 1 ? 2 : 1); ++cluster) {
     for (int rows = 1; rows <= kGemvSm90Warpgroups; ++rows) {
       for (int slices = 1; rows * slices <= kGemvSm90Warpgroups && cluster * slices <= stages; ++slices) {

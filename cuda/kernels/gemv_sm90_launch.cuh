@@ -48,7 +48,9 @@ GemvSm90Shape gemv_sm90_shape(const Product& p) {
           p.k,
           static_cast<int>(divide_up(gemv_sm90_stage_bytes<F>(p.w), 128) * 128),
           Tokens,
-          stored_bits<F>(p.w)};
+          stored_bits<F>(p.w),
+          kGemvSm90Super<F> ? 2 : 1,
+          gemv_sm90_sum_bytes<F>(Tokens)};
 }
 
 template <auto kKernel, class F>

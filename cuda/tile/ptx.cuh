@@ -118,6 +118,9 @@ __device__ __forceinline__ void load_shared(uint32_t* out, SharedAddress from) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out[0]) : "r"(from));
   }
 }
+__device__ __forceinline__ void store_shared(SharedAddress to, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
 // Two bytes.
 __device__ __forceinline__ uint32_t load_shared_half(SharedAddress from) {
   uint16_t r;

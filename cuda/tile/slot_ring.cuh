@@ -45,6 +45,8 @@ class SlotTurn {
   __device__ __forceinline__ void advance() {
     if (++slot == count) slot = 0, parity ^= 1;
   }
+  __device__ __forceinline__ int index() const { return slot; }
+  __device__ __forceinline__ int phase() const { return parity; }
   // Of slots that stay as they are.
   __device__ __forceinline__ void pass() {
     if (++slot == count) slot = 0;

@@ -114,14 +114,21 @@ class StagedWeight {
 
   // tile: of the stage; k_tile: of all.
   __device__ __forceinline__ void load(Tile& out, ptx::SharedAddress stage, int tile, int k_tile) const {
-    load_codes(out.codes.low, stage + from[0] + tile * (128 * F::kLowBits));
-    if constexpr (F::kHighBits != 0) load_codes(out.codes.high, stage + from[1] + tile * (128 * F::kHighBits));
+    load_codes_of(out.codes, stage, tile);
     load_groups<0>(out, stage, tile, k_tile);
   }
   // What affine() needs alone, of an integer format.
   __device__ __forceinline__ void load_affine(Tile& out, ptx::SharedAddress stage, int tile) const {
     static_assert(kIsInteger);
     load_groups<0>(out, stage, tile, 0);
+  }
+  __device__ __forceinline__ void load_codes_of(LaneCodes<F>& out, ptx::SharedAddress stage, int tile) const {
+    load_codes(out.low, stage + from[0] + tile * (128 * F::kLowBits));
+    if constexpr (F::kHighBits != 0) load_codes(out.high, stage + from[1] + tile * (128 * F::kHighBits));
+  }
+  // Where a plane's values of the lane's rows begin.
+  __device__ __forceinline__ ptx::SharedAddress values(int plane, ptx::SharedAddress stage) const {
+    return stage + from[plane];
   }
 
  private:

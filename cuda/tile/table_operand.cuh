@@ -7,22 +7,24 @@
 
 namespace jax_qgemm {
 
-// An entry is level - zero as a 16-bit number, or, `Levels`, the bits of the level itself.
-template <class F, class T, bool Levels>
+// An entry is level - zero as a 16-bit number, or, `Levels`, the bits of the level itself, or'd with those of kMagic:
+// none, or of both high bytes.
+template <class F, class T, bool Levels, uint32_t kMagic = 0>
 class TableOperand {
  public:
   // prmt takes its selectors as nibbles, which is what the codes are: of an element of registers 0 to 3 in the word's
   // low half, and of their second elements in its high half.
   __device__ __forceinline__ static void decode(uint32_t (&a)[4], uint32_t word) {
+    if constexpr (Levels) word = __byte_perm(word, 0, 0x3120);  // so that results lie as pairs of two registers
     const uint32_t in_half = word & 0x77777777u;
     const uint32_t half = ptx::and_or<0x44444444u>(word >> 1, 0x32103210u);  // byte i of the first eight, or the last
     const uint32_t first = entries<0>(in_half, half), second = entries<0>(in_half >> 16, half >> 16);
     if constexpr (Levels) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {  // of registers
-        const uint32_t bytes = __byte_perm(first, second, pair ? 0x7632 : 0x5410);
-        a[2 * pair] = bytes & 0x00ff00ffu;
-        a[2 * pair + 1] = bytes >> 8 & 0x00ff00ffu;
+        const uint32_t bytes = pair ? second : first;
+        a[2 * pair] = kMagic ? ptx::and_or<0x00ff00ffu>(bytes, kMagic) : bytes & 0x00ff00ffu;
+        a[2 * pair + 1] = __byte_perm(bytes, kMagic, kMagic ? 0x5351 : 0x4341);
       }
     } else {
       const uint32_t first_high = entries<1>(in_half, half), second_high = entries<1>(in_half >> 16, half >> 16);
@@ -60,7 +62,11 @@ class TableOperand {
   template <int Byte>
   __device__ __forceinline__ static uint32_t entries(uint32_t in_half, uint32_t half) {
     constexpr uint32_t t[4] = {entry_bytes(0, Byte), entry_bytes(1, Byte), entry_bytes(2, Byte), entry_bytes(3, Byte)};
-    return ptx::permute_bytes(ptx::permute_bytes(t[0], t[1], in_half), ptx::permute_bytes(t[2], t[3], in_half), half);
+    // Zero, of which the compiler does not know it: prmt takes one constant, and it would move the other one into a
+    // register each time.
+    const uint32_t zero = Levels ? threadIdx.x >> 10 : 0;
+    return ptx::permute_bytes(ptx::permute_bytes(t[0] | zero, t[1], in_half),
+                              ptx::permute_bytes(t[2] | zero, t[3], in_half), half);
   }
 };
 

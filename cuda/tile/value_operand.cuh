@@ -29,6 +29,15 @@ struct Packed {
     const auto half = static_cast<uint16_t>(bits);
     return T::kIsBF16 ? bf16_to_f32(half) : f16_to_f32(half);
   }
+  __device__ __forceinline__ float second() const { return Packed{bits >> 16}.first(); }
+  // Twice the first (0) or the second (1) number: the instruction that uses it takes it from where it is.
+  __device__ __forceinline__ Packed twice(int which) const {
+    if constexpr (T::kIsBF16) {
+      return of(which ? __high2bfloat162(vector()) : __low2bfloat162(vector()));
+    } else {
+      return of(which ? __high2half2(vector()) : __low2half2(vector()));
+    }
+  }
 
   __device__ __forceinline__ friend Packed operator+(Packed a, Packed b) { return of(__hadd2(a.vector(), b.vector())); }
   __device__ __forceinline__ friend Packed operator-(Packed a, Packed b) { return of(__hsub2(a.vector(), b.vector())); }
@@ -49,9 +58,12 @@ struct Packed {
 //
 // In f16 a weight below 2^-25 becomes zero and one above 65504 infinite, but where the scale alone is above: that
 // counts as 65504, since infinity times level - zero = 0 would be no number. bf16 has float32's range.
-template <class F, class T, bool kExact = false>
+//
+// Bytes: tables are looked up by the byte, which takes fewer instructions, not by the 16-bit number.
+template <class F, class T, bool kExact = false, bool Bytes = false>
 class ValueOperand {
   static constexpr bool kFloat4 = requires { F::kIsE2M1; }, kTable = F::kHasTable && !kFloat4;
+  static constexpr bool kTableBytes = kTable && Bytes;
   static_assert(!kExact || (!F::kHasMinimum && !kTable && F::kKBlock != 256));
   static constexpr bool kProducts = F::kKBlock == 256;  // of a float16 scale with a small integer
   static constexpr bool kFloat32 = !F::kHasTable && (kProducts || (F::kHasMinimum && T::kIsBF16));
@@ -94,6 +106,15 @@ class ValueOperand {
       const V unit = V::twice(AOperand<F, T, false>::kUnit);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = weight(T::kIsBF16 ? V{a[i]} : V{a[i]} * unit, group.row[i % 2]);
+    } else if constexpr (kTableBytes) {
+      TableOperand<F, T, true, T::kIsBF16 ? 0 : kMagic>::decode(a, codes.low.words[step]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Row& row = group.row[i % 2];
+        // In bf16 levels as they stand are multiples of 2^-133; a 64th of the difference results.
+        const V difference = T::kIsBF16 ? fma(V{a[i]}, {0x7f007f00u}, row.zero) : V{a[i]} + row.zero;
+        a[i] = weight(difference, row);
+      }
     } else if constexpr (kTable) {
       TableOperand<F, T, false>::decode(a, codes.low.words[step]);
 #pragma unroll
@@ -137,6 +158,8 @@ class ValueOperand {
       Row row = {};
       if constexpr (kWide) {
         row.zero = V::twice(static_cast<float>(128 - affine.zero));
+      } else if constexpr (kTableBytes && T::kIsBF16) {
+        row.zero = V::twice(-0x1p-6f * static_cast<float>(affine.zero));
       } else if constexpr (kHigh && T::kIsBF16) {
         row.zero = V::twice(-0.25f * static_cast<float>(affine.zero));
       } else if constexpr (kHigh) {
@@ -145,7 +168,7 @@ class ValueOperand {
         row.zero = {(0x8000u + (kMagic & 0xffffu) + zero) * 0x00010001u};
       }
       if constexpr (kExact) return row;
-      const float scale = affine.scale * (kHigh && T::kIsBF16 ? 4.0f : 1.0f);
+      const float scale = affine.scale * (!T::kIsBF16 ? 1.0f : kTableBytes ? 64.0f : kHigh ? 4.0f : 1.0f);
       row.scale = V::twice(scale);
       if constexpr (F::kHasMinimum) {
         row.rest = V::twice(affine.minimum);

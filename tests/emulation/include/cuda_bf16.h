@@ -37,6 +37,8 @@ inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(__bfloat162float(a.x) + __bfloat162float(b.x),
                                __bfloat162float(a.y) + __bfloat162float(b.y));
 }
+inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 a) { return {a.x, a.x}; }
+inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 a) { return {a.y, a.y}; }
 // Rounded to odd in float32 first, so that it is rounded once.
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   const double sum = static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c);

@@ -34,6 +34,8 @@ inline __half2 __hadd2(__half2 a, __half2 b) {
 inline __half2 __hmul2(__half2 a, __half2 b) {
   return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
 }
+inline __half2 __low2half2(__half2 a) { return {a.x, a.x}; }
+inline __half2 __high2half2(__half2 a) { return {a.y, a.y}; }
 // In double the product is exact, and the sum as good as that.
 inline __half __hfma(__half a, __half b, __half c) {
   const double sum = static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c);

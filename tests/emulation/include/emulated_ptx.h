@@ -70,6 +70,7 @@ void load_shared(uint32_t* out, SharedAddress from) {
   if (reinterpret_cast<uintptr_t>(from) % (4 * kWords) != 0) __builtin_trap();
   memcpy(out, from, 4 * kWords);
 }
+inline void store_shared(SharedAddress to, uint32_t value) { memcpy(const_cast<char*>(to), &value, 4); }
 inline uint32_t load_shared_half(SharedAddress from) {
   uint16_t r;
   if (reinterpret_cast<uintptr_t>(from) % 2 != 0) __builtin_trap();
