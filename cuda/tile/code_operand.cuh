@@ -31,8 +31,8 @@ class PairedCodes {
   uint32_t first[Bits], second[Bits];
 };
 
-// Differences of levels of 4 bits and their zero points: of the low or the high halves of the bytes of a word, four of a
-// row. zeros: in each byte.
+// Differences of levels of 4 bits and their zero points: of the low or the high halves of the bytes of a word, four of
+// a row. zeros: in each byte.
 //
 // Level + 128 - zero needs no carry; that flips the sign bit of a difference in two's complement.
 struct Int8Codes {
@@ -59,8 +59,8 @@ struct Int8SymmetricCodes : Int8Codes {
   }
 };
 
-// As float8_e4m3fn, whose exponent fields 0 and 1 are one linear range: the bits of an integer below 16 are that integer
-// times 2^-9.
+// As float8_e4m3fn, whose exponent fields 0 and 1 are one linear range: the bits of an integer below 16 are that
+// integer times 2^-9.
 struct Fp8Codes {
   using Sum = float;
   static constexpr bool kIsFp8 = true;
