@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(128 * (kGemvSm90Warpgroups + 1), 1)
         of_task.wait_full();
         S::XSums::sum(block.x_sums(slice, of_task.index()), of_task.address(), S::kXTileBytes, turn % (Tokens / 16) * 2,
                       lane);
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(block.x_summed(slice) + of_task.index());
+        ptx::barrier_arrive(block.x_summed(slice) + of_task.index());
       }
       turn -= kTasks;
     }

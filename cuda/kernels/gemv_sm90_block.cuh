@@ -115,7 +115,8 @@ struct GemvSm90 {
     const GemvSm90Config& c = s.config;
     if (producer < c.slices) x(producer).start(4 * c.rows);
     if constexpr (kSumsX) {
-      for (int i = 0; producer < c.slices && i < c.slots; ++i) ptx::barrier_init(x_summed(producer) + i, Tokens / 16);
+      constexpr int kArrivals = Tokens / 16 * 32;  // of every lane: each has written its own
+      for (int i = 0; producer < c.slices && i < c.slots; ++i) ptx::barrier_init(x_summed(producer) + i, kArrivals);
     }
     if (producer < c.rows) partial(producer).start();
     weights(producer).start(4);
