@@ -86,6 +86,22 @@ def prefill_cool(results: Results) -> str:
     return _against_dense(results, "cool_us") + rest
 
 
+def quantize(results: Results) -> str:
+    """Each format against XLA's operations and a copy of as many bytes."""
+    cells: dict[tuple[int, int], dict[str, Results]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["m"], row["k"]), {})[row["kind"]] = row
+    names = [kind for kind in dict.fromkeys(r["kind"] for r in results["rows"]) if not kind.startswith("xla_")]
+    rows = []
+    for (m, k), of in cells.items():
+        ours = (f"{of[name]['us']:.1f} ({of[name]['copy_us'] / of[name]['us']:.0%})" for name in names)
+        xla = (f"{of[f'xla_{name}']['us']:.1f}" for name in names)
+        rows.append((f"{m} x {k}", *ours, *xla))
+    header = ("m x k", *names, *(f"XLA {name}" for name in names))
+    bandwidth = f"\nx {results['dtype']}; a copy reached {results['copy_bandwidth'] / 1e12:.2f} TB/s in the same run.\n"
+    return markdown(header, rows) + source(results) + bandwidth
+
+
 def neighbours(results: Results) -> str:
     """The steepest step between neighbouring m, for each shape and format."""
     times: dict[tuple[int, int, str], dict[int, float]] = {}
@@ -189,6 +205,7 @@ _FILES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "prefill": ("matmul-prefill", prefill),
     "activations": ("activations", prefill),
     "activations-cool": ("activations", prefill_cool),
+    "quantize": ("quantize", quantize),
     "bf16": ("matmul-bf16", formats),
     "groups": ("matmul-groups", formats),
     "neighbours": ("matmul-all-m", neighbours),
