@@ -62,15 +62,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90A8<F, X, Tokens, B
   start_ring<F, S>(p.w, maps, slot);
 
   if (warpgroup == S::kConsumers) {
-    ptx::lower_registers<S::kProducerRegisters>();
-    if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) % 4 == 0 && ptx::elect_one()) {
-      bring_stages<F, S>(p, walk, maps, slot);
-    }
-    __syncwarp();
-    if (walk.ends_split(static_cast<int>(blockIdx.x) / 2, static_cast<int>(gridDim.x) / 2)) {  // see add_halves()
-      ptx::cluster_sync();
-      ptx::cluster_sync();
-    }
+    fill_ring<F, S>(p, walk, maps, slot);
   } else {
     ptx::raise_registers<S::kConsumerRegisters>();
     const int lane = static_cast<int>(threadIdx.x) % 32;

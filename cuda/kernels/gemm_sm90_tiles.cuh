@@ -122,6 +122,21 @@ __device__ __forceinline__ void bring_stages(const Product& p, const GemmSm90Wal
   }
 }
 
+// The work of the warpgroup that does not multiply.
+template <class F, class S>
+__device__ __forceinline__ void fill_ring(const Product& p, const GemmSm90Walk& walk, const ProductMaps& maps,
+                                          typename S::Slot slot) {
+  ptx::lower_registers<S::kProducerRegisters>();
+  if (ptx::uniform(static_cast<int>(threadIdx.x) / 32) % 4 == 0 && ptx::elect_one()) {
+    bring_stages<F, S>(p, walk, maps, slot);
+  }
+  __syncwarp();
+  if (walk.ends_split(static_cast<int>(blockIdx.x) / 2, static_cast<int>(gridDim.x) / 2)) {  // see add_halves()
+    ptx::cluster_sync();
+    ptx::cluster_sync();
+  }
+}
+
 // What the two thread blocks of a cluster have of the same tile, added: each has the sums of one half of the tokens
 // then, in the first half of its own. The ring's memory is used for it, by all threads of both.
 template <class S, int Blocks, int Sums>
