@@ -133,13 +133,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90<F, Tokens, Blocks
         add_halves<S>(shared, sums);
         token += rank * (Tokens / 2);
       }
-      // Of the first tile, one warpgroup stores after the other. From then on they are apart by as much, so that one
-      // has the tensor cores while the other stores.
-      const bool first = item < static_cast<int>(gridDim.x) / 2 && item + static_cast<int>(gridDim.x) / 2 < walk.items;
-      constexpr int kBarrier = 1 + S::kConsumers;  // of those that store_tile() does not use
-      if (first && warpgroup == 1) ptx::sync_named(kBarrier, 128 * S::kConsumers);
-      store_tile<S, T>(p, tile, token, Tokens / S::kChunk / (tile.split ? 2 : 1), shared, sums);
-      if (first && warpgroup == 0) ptx::sync_named(kBarrier, 128 * S::kConsumers);
+      store_item<S, T>(p, walk, item, warpgroup, tile, token, shared, sums);
     }
   }
   // No block may end while the other can still write to it or arrive at its barriers.

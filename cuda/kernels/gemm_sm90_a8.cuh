@@ -54,7 +54,6 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90A8<F, X, Tokens, B
   static_assert(kGrouped || Channel);
   constexpr int kSums = Tokens / 2, kSteps = 4 * Blocks, kBuffers = 4;
   static_assert(!kGrouped || Blocks == 1);
-  constexpr int kFirstStore = 1 + S::kConsumers;  // a barrier behind those of store_tile()
 
   const int warpgroup = ptx::uniform(static_cast<int>(threadIdx.x) / 128), rank = ptx::cluster_rank();
   auto* shared = static_cast<char*>(ptx::dynamic_shared());
@@ -102,10 +101,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90A8<F, X, Tokens, B
 #pragma unroll
         for (int b = 0; b < Blocks; ++b) {
           AffinePair affine = {{{1.0f, F::kZero, 0.0f}, {1.0f, F::kZero, 0.0f}}};
-          if (has_zeros) {
-            const int last = walk.tile_rows - 1, of = first_row + 4 * b;
-            affine = F::affine(p.w, weight_row + (of < last ? of : last), lane / 4, 0);
-          }
+          if (has_zeros) affine = channel_affine<F>(p.w, weight_row, first_row + 4 * b, walk.tile_rows);
           take_zeros(b, affine);
         }
       }
@@ -233,11 +229,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(GemmSm90A8<F, X, Tokens, B
         token += rank * (Tokens / 2);
       }
       scale_tokens<X>(p, tile.batch, token, sums);
-      // See gemm_sm90.
-      const bool first = item < static_cast<int>(gridDim.x) / 2 && item + static_cast<int>(gridDim.x) / 2 < walk.items;
-      if (first && warpgroup == 1) ptx::sync_named(kFirstStore, 128 * S::kConsumers);
-      store_tile<S, MmaBF16, MmaF16>(p, tile, token, Tokens / S::kChunk / (tile.split ? 2 : 1), shared, sums);
-      if (first && warpgroup == 0) ptx::sync_named(kFirstStore, 128 * S::kConsumers);
+      store_item<S, MmaBF16, MmaF16>(p, walk, item, warpgroup, tile, token, shared, sums);
     }
   }
   // No block may end while the other can still write to it or arrive at its barriers.

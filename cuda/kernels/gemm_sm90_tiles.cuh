@@ -15,7 +15,7 @@ namespace jax_qgemm {
 // stage.
 template <int Tokens_, int Blocks, int Boxes, int ElementBytes, int WeightBytes>
 struct GemmSm90Tiles {
-  static constexpr int kTokens = Tokens_, kBlocks = Blocks;
+  static constexpr int kTokens = Tokens_;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kRowTiles = 4 * Blocks * kConsumers, kRows = kRowTiles * kTileN;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -217,14 +217,32 @@ __device__ __forceinline__ void store_tile(const Product& p, const GemmSm90Walk:
   }
 }
 
+// Of the lane's two channels in row of tiles `row` of a weight; behind its rows, of the last.
+template <class F>
+__device__ __forceinline__ AffinePair channel_affine(const Weight& w, int weight_row, int row, int tile_rows) {
+  return F::affine(w, weight_row + (row < tile_rows ? row : tile_rows - 1), static_cast<int>(threadIdx.x) % 32 / 4, 0);
+}
+
+// store_tile() of an item. Of the block's first tile, one warpgroup stores after the other. From then on they are apart
+// by as much, so that one has the tensor cores while the other stores.
+template <class S, class... T, int Blocks, int Sums>
+__device__ __forceinline__ void store_item(const Product& p, const GemmSm90Walk& walk, int item, int warpgroup,
+                                           const GemmSm90Walk::Tile& tile, int64_t token, char* shared,
+                                           float (&sums)[Blocks][Sums]) {
+  constexpr int kBarrier = 1 + S::kConsumers;  // of those that store_tile() does not use
+  const bool first = item < static_cast<int>(gridDim.x) / 2 && item + static_cast<int>(gridDim.x) / 2 < walk.items;
+  if (first && warpgroup == 1) ptx::sync_named(kBarrier, 128 * S::kConsumers);
+  store_tile<S, T...>(p, tile, token, S::kTokens / S::kChunk / (tile.split ? 2 : 1), shared, sums);
+  if (first && warpgroup == 0) ptx::sync_named(kBarrier, 128 * S::kConsumers);
+}
+
 // The sums of rows of tiles first_row, first_row + 4, ... of a weight, times the scales of their channels.
 template <class F, int Blocks, int Sums>
 __device__ __forceinline__ void scale_channels(const Weight& w, int weight_row, int first_row, int tile_rows,
                                                float (&sums)[Blocks][Sums]) {
 #pragma unroll
   for (int b = 0; b < Blocks; ++b) {
-    const int row = first_row + 4 * b < tile_rows ? first_row + 4 * b : tile_rows - 1;
-    const AffinePair affine = F::affine(w, weight_row + row, static_cast<int>(threadIdx.x) % 32 / 4, 0);
+    const AffinePair affine = channel_affine<F>(w, weight_row, first_row + 4 * b, tile_rows);
 #pragma unroll
     for (int i = 0; i < Sums; ++i) sums[b][i] *= affine.row[i / 2 % 2].scale;
   }
