@@ -38,6 +38,14 @@ def parse_format(text: str) -> Format:
     return _INT_FAMILY[name](int(options[0]), symmetric=len(options) == 1)
 
 
+def remarks(row: dict[str, Any]) -> str:
+    """What a printed measurement has to say besides its time."""
+    # What we measure is one custom call; anything else in the graph is timed with it.
+    extra = {op: count for op, count in row.get("ops", {}).items() if op != "custom-call"}
+    text = f"  also in the graph: {extra}" if extra and not row["kind"].startswith("xla_") else ""
+    return text + ("  HOST-BOUND" if row.get("host_bound") else "")
+
+
 def parse_kind(text: str) -> tuple[Format, Callable[[Any, Any], Any]]:
     """A format and the product with weights of it: "int4", or "int4/fp8" for quantized x."""
     name, slash, x_format = text.partition("/")

@@ -133,11 +133,7 @@ def line(row: dict[str, Any]) -> str:
     )
     if "cool_us" in row:
         text += f"  cool {row['cool_us']:9.2f} us +-{row['cool_spread']:4.0%}"
-    # A product of ours is one custom call; anything else in the graph is timed with it.
-    extra = {op: count for op, count in row.get("ops", {}).items() if op != "custom-call"}
-    if extra and not row["kind"].startswith("xla_"):
-        text += f"  also in the graph: {extra}"
-    return text + ("  HOST-BOUND" if row.get("host_bound") else "")
+    return text + harness.remarks(row)
 
 
 def main() -> None:

@@ -77,15 +77,11 @@ def measure_shape(m: int, k: int, formats: Sequence[str], dtype: str) -> list[di
 
 
 def line(row: dict[str, Any]) -> str:
-    text = (
+    return (
         f"{row['m']:6} x {row['k']:<6} {row['kind']:9} {row['us']:9.2f} us +-{row['spread']:4.0%}"
         f"  {row['bytes'] / row['us'] / 1e6:5.2f} TB/s  {row['copy_us'] / row['us']:4.0%} of a copy"
+        f"{harness.remarks(row)}"
     )
-    # Ours is one custom call; anything else in the graph would be timed with it.
-    extra = {op: count for op, count in row.get("ops", {}).items() if op != "custom-call"}
-    if extra and not row["kind"].startswith("xla_"):
-        text += f"  also in the graph: {extra}"
-    return text + ("  HOST-BOUND" if row.get("host_bound") else "")
 
 
 def main() -> None:
